@@ -1,0 +1,128 @@
+"""`torch.compile(model, backend="attnopt")`: the passes, then the compiler for the rest; any failure falls back."""
+
+import copy
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from attnopt.errors import OptionError, StrictError
+from attnopt.options import Options
+from attnopt.pipeline import Outcome, optimise
+from attnopt.report import Report
+from attnopt.shadow import sub_graphs
+from attnopt.versions import versions
+
+Compiled = Callable[..., Any]
+
+#: The last reports of this process, for `attnopt.reports()`. The only state that outlives a compilation.
+_KEPT = 1024
+_history: deque[Report] = deque(maxlen=_KEPT)
+_lock = threading.Lock()
+
+
+def attnopt(
+    module: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None, mode: str | None = None
+) -> Compiled:
+    """The backend that `torch.compile` calls for each graph.
+
+    module: a Dynamo graph. inputs: its example inputs. options: see `attnopt.Options`. mode: accepted only as
+    "default"; modes of the inner compiler are set through `torch._inductor.config`.
+
+    Raises OptionError, and StrictError with `strict=True`; everything else falls back to the untouched graph.
+    """
+    chosen = Options.parse(options)
+    if mode not in (None, "default"):
+        raise OptionError(f"mode={mode!r} is not an option of this backend; wanted none, or 'default'")
+    report = rewrite_graph(module, chosen)
+    keep(report)
+    if chosen.strict:
+        check_strict(report)
+    return _compile_rest(module, inputs, chosen)
+
+
+def rewrite_graph(module: GraphModule, options: Options) -> Report:
+    """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that."""
+    saved = [(body, _snapshot(body.graph)) for body in _all_graphs(module)]
+    try:
+        outcome = optimise(module, options, gradient=torch.is_grad_enabled())
+    except Exception as problem:  # noqa: BLE001 - fail closed: a bug here must never break the user's model
+        _restore(saved)
+        message = f"attnopt left a graph untouched: {type(problem).__name__}: {problem}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return make_report(Outcome((), ()), options, warnings=(message,))
+    return make_report(outcome, options)
+
+
+def make_report(outcome: Outcome, options: Options, warnings: tuple[str, ...] = ()) -> Report:
+    """The outcome of the passes as a Report."""
+    return Report(
+        sites=outcome.sites,
+        graphs=outcome.graphs,
+        options=options.to_dict(),
+        versions=versions(),
+        warnings=warnings,
+    )
+
+
+def keep(report: Report) -> None:
+    """Adds a report to the history."""
+    with _lock:
+        _history.append(report)
+
+
+def reports() -> tuple[Report, ...]:
+    """The reports of the compilations so far in this process, oldest first (at most the last 1,024)."""
+    with _lock:
+        return tuple(_history)
+
+
+def check_strict(report: Report) -> None:
+    """Raises StrictError if an attention site was left alone, or if attnopt itself failed."""
+    left = report.having("refused", "quarantined")
+    if left:
+        site = left[0]
+        what = f"{site.where}: `{site.code}`" if site.code else site.where
+        raise StrictError(
+            f"strict=True and {len(left)} attention site(s) were left alone; the first is {what}: {site.reason} "
+            f"(rule {site.nearest_rule}, node {site.node or '?'}). Change the model, or drop strict=True."
+        )
+    if report.warnings:
+        raise StrictError(f"strict=True and {report.warnings[0]}")
+
+
+def with_graph_breaks(report: Report, breaks: Sequence[str]) -> Report:
+    """The report with the reasons for which Dynamo cut the graph."""
+    return replace(report, graph_breaks=tuple(breaks))
+
+
+def _all_graphs(module: GraphModule) -> list[GraphModule]:
+    return [module, *(g for body in sub_graphs(module) for g in _all_graphs(body))]
+
+
+def _snapshot(graph: Graph) -> Graph:
+    """A copy; Dynamo keeps facts about inputs as attributes of their nodes, which copying a graph leaves behind."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        for name, value in vars(old).items():
+            vars(new).setdefault(name, value)
+    return copied
+
+
+def _restore(saved: Sequence[tuple[GraphModule, Graph]]) -> None:
+    for body, graph in saved:
+        body.graph = graph
+        body.recompile()
+
+
+def _compile_rest(module: GraphModule, inputs: Sequence[Any], options: Options) -> Compiled:
+    """The rest of the graph to the inner compiler; its cache keys are made from the rewritten graph."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiled: Compiled = lookup_backend(options.inner)(module, list(inputs))
+    return compiled

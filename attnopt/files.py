@@ -1,0 +1,232 @@
+"""Files: looking into a .pt2 before it is loaded, loading it, and writing results so that no half of one remains."""
+
+import importlib
+import os
+import re
+import secrets
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from attnopt.errors import OutputError, SourceError, UnsafeFileError
+from attnopt.files_graph import check_program, parse
+from attnopt.files_pickle import check_saved
+from attnopt.files_zip import Archive, names_in, open_archive
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_PROGRAM, _INPUTS = "models/model.json", "data/sample_inputs/model.pt"
+_WEIGHTS, _CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
+_ENTRIES = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/version|\.data/serialization_id|\.format_version|"
+    r"\.storage_alignment|models/model\.json|data/sample_inputs/model\.pt|extra/.+|"
+    r"data/weights/(model_weights_config\.json|weight_\d+)|data/constants/(model_constants_config\.json|tensor_\d+)"
+)
+_PAYLOADS = re.compile(r"(weight|tensor)_\d+")
+
+#: Name of an entry -> what the file is, and why loading it runs code; the first match tells.
+_KINDS = (
+    (r"data/aotinductor/", "it holds a compiled library (AOTInductor), and loading it runs its code"),
+    (
+        r"\.data/extern_modules|\.data/python_version",
+        "it is a torch.package archive, which runs the code inside it",
+    ),
+    (r"constants\.pkl|code/", "it is a TorchScript archive, which runs the code inside it"),
+    (r"data/constants/custom_obj_", "it has a custom object as a constant, stored as a pickle"),
+    (r"data/constants/opaque_obj_", "it has an opaque object as a constant, stored as a pickle"),
+    (
+        r"data/(weights|constants)/[^/]*\.pt|serialized_state_dict",
+        "its weights are stored as a pickle (old format)",
+    ),
+    (r"data\.pkl", "it is a pickle written by torch.save, not an exported program"),
+)
+
+#: What torch.export.load raises on a file that is sound as an archive but not as a program.
+_LOAD_ERRORS = (
+    RuntimeError, AssertionError, LookupError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def inspect(path: Path) -> frozenset[str]:
+    """The operators that the program in a .pt2 calls. Nothing is loaded, unpickled or imported.
+
+    Raises UnsafeFileError when loading the file would, or could, run code that is inside it, when it is truncated
+    or is something else than an exported program; SourceError when it cannot be read.
+    """
+    with _opened(path) as stream:
+        return _inspect(path, stream)
+
+
+def load_program(path: Path, *, allow_unsafe: bool = False) -> "ExportedProgram":
+    """The exported program in a .pt2, inspected first. attnopt's operators are registered before.
+
+    allow_unsafe: load it without inspection; only for files from people whose code you would run.
+    Raises UnsafeFileError as `inspect` does, and SourceError when torch cannot load the program.
+    """
+    with _opened(path) as stream:
+        if not allow_unsafe:
+            _need_operators(path, _inspect(path, stream))
+        return _load(path, stream)
+
+
+def save_program(program: "ExportedProgram", stream: BinaryIO) -> None:
+    """Writes `program` as a .pt2 into `stream` (see `atomic`)."""
+    import torch
+
+    torch.export.save(program, stream)
+
+
+@contextmanager
+def atomic(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[BinaryIO]:
+    """A stream that becomes the file `path` when the block ends well, and leaves nothing behind when it does not.
+
+    force: replace an existing file. inputs: files that must not be replaced, whatever `force` says.
+    Raises OutputError when the file may not or cannot be written.
+    """
+    check_writable(path, force=force, inputs=inputs)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with draft.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Raises OutputError when `path` may not be written; called early, before the long work."""
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
+    if any(path.exists() and given.exists() and path.samefile(given) for given in inputs):
+        raise OutputError(f"will not write {path}: it is the input; choose another name with -o")
+    if path.exists() and not force:
+        raise OutputError(f"will not overwrite {path}; choose another name or say --force")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """One handle for looking and loading, so that both see the same file."""
+    try:
+        with path.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _inspect(path: Path, stream: BinaryIO) -> frozenset[str]:
+    try:
+        _need_program_kind(stream)
+        archive = open_archive(stream)
+        _need_known_entries(archive)
+        for config in (_WEIGHTS, _CONSTANTS):
+            _check_payloads(archive, config)
+        check_saved(archive.read(_INPUTS), "its sample inputs")
+        return check_program(_text(archive, _PROGRAM))
+    except UnsafeFileError as error:
+        hint = "if you would run code from whoever made it, say --allow-unsafe-load"
+        raise UnsafeFileError(f"will not load {path}: {error}; {hint}") from error
+
+
+def _need_program_kind(stream: BinaryIO) -> None:
+    """Tells other kinds of file by name, before their oddities are listed."""
+    names = names_in(stream)
+    for name in ("/".join(name.split("/")[1:]) or name for name in names):
+        for pattern, reason in _KINDS:
+            if re.match(pattern, name):
+                raise UnsafeFileError(reason)
+    stream.seek(0)
+    if not names and stream.read(1) == b"\x80":
+        raise UnsafeFileError("it is a pickle, which runs the code inside it")
+
+
+def _need_known_entries(archive: Archive) -> None:
+    for path in archive.entries:
+        if not _ENTRIES.fullmatch(path):
+            raise UnsafeFileError(f"it has the unexpected entry {path!r}")
+    if archive.read("archive_format") != b"pt2":
+        raise UnsafeFileError("it is not marked as a pt2 archive")
+
+
+def _check_payloads(archive: Archive, config: str) -> None:
+    """Weights must be raw numbers: `use_pickle` would hand them to the unpickler."""
+    body = parse(_text(archive, config))
+    payloads = body.get("config") if isinstance(body, dict) else None
+    if not isinstance(payloads, dict):
+        raise UnsafeFileError(f"{config} does not have the form that torch writes")
+    for name, payload in payloads.items():
+        reason = _payload_reason(archive, config, payload)
+        if reason:
+            raise UnsafeFileError(f"{reason} ({config.split('/')[1]} {name!r})")
+
+
+def _payload_reason(archive: Archive, config: str, payload: object) -> str:
+    match payload:
+        case {
+            "use_pickle": False,
+            "path_name": str(path),
+            "tensor_meta": {"sizes": list(sizes), "strides": list(steps)},
+        }:
+            entry = f"{config.rpartition('/')[0]}/{path}"
+        case {"use_pickle": use} if use is not False:
+            return "it has a value stored as a pickle"
+        case _:
+            return "it has a value described in a form that torch does not write"
+    if not _PAYLOADS.fullmatch(path) or entry not in archive.entries:
+        return f"it has a value in {path!r}, which is not there"
+    if not all(isinstance(size, dict) and type(size.get("as_int")) is int for size in [*sizes, *steps]):
+        return "it has a value whose size is not a number"
+    if archive.entries[entry] == 0 and all(size["as_int"] for size in sizes):
+        return "it has a value without its numbers"
+    return ""
+
+
+def _text(archive: Archive, path: str) -> str:
+    try:
+        return archive.read(path).decode()
+    except UnicodeDecodeError as error:
+        raise UnsafeFileError(f"{path} is not text") from error
+
+
+def _need_operators(path: Path, targets: frozenset[str]) -> None:
+    """A clear message where torch would only say that deserialising failed."""
+    import torch
+
+    importlib.import_module("attnopt.ops")
+    for target in sorted(target for target in targets if target.startswith("torch.ops.")):
+        _, _, space, name, *_ = target.split(".")
+        if space != "higher_order" and not hasattr(getattr(torch.ops, space), name):
+            raise SourceError(
+                f"cannot load {path}: this version of torch and attnopt has no operator {target}"
+            )
+
+
+def _load(path: Path, stream: BinaryIO) -> "ExportedProgram":
+    import torch
+
+    importlib.import_module("attnopt.ops")
+    stream.seek(0)
+    try:
+        return torch.export.load(stream)
+    except _LOAD_ERRORS as error:
+        raise SourceError(f"torch cannot load {path}: {type(error).__name__}: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renaming itself durable, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

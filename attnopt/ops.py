@@ -1,0 +1,7 @@
+"""The kernels for direct use; each is one differentiable operator with a torch path for machines without a GPU."""
+
+from attnopt.kernels.lightning.op import lightning_attention, lightning_step
+from attnopt.kernels.sparq.op import sparq_attention
+from attnopt.kernels.streaming.op import streaming_attention
+
+__all__ = ["lightning_attention", "lightning_step", "sparq_attention", "streaming_attention"]

@@ -1,0 +1,226 @@
+"""One graph through all passes: shadow, read, choose, validate, splice. Shared by the backend and `attnopt.rewrite`."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from attnopt import locate, policy, verify
+from attnopt.options import Options
+from attnopt.passes import emit, splice
+from attnopt.passes.sizes import hint
+from attnopt.registry import kernels, rules
+from attnopt.report import Family, GraphReport, SiteReport
+from attnopt.rule import Kernel, Reject, Rule, Site, SiteMeta, TensorMeta
+from attnopt.shadow import Shadow, sub_graphs, trace
+from attnopt.spec import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the passes did to one graph and the graphs inside it."""
+
+    sites: tuple[SiteReport, ...]
+    graphs: tuple[GraphReport, ...]
+    edits: "tuple[Edit, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One rewritten site: enough to measure, later, what an approximation costs on real inputs."""
+
+    shadow: Shadow
+    site: Site
+    spec: AttentionSpec
+    kernel: Kernel
+    report: int  # index in Outcome.sites
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by pass."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to the named pass."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def optimise(module: GraphModule, options: Options, *, gradient: bool, done: verify.Checks | None = None) -> Outcome:
+    """Rewrites `module` in place, the sub-graphs first. `gradient`: whether autograd will follow."""
+    done = {} if done is None else done
+    inner = [optimise(body, options, gradient=gradient, done=done) for body in sub_graphs(module)]
+    here = _Pass(options, gradient, done, Clock()).run(module)
+    return _join([*inner, here])
+
+
+def _join(outcomes: Sequence[Outcome]) -> Outcome:
+    joined = Outcome((), ())
+    for other in outcomes:
+        graphs, sites = len(joined.graphs), len(joined.sites)
+        joined = Outcome(
+            joined.sites + tuple(replace(s, origin=s.origin + graphs) for s in other.sites),
+            joined.graphs + other.graphs,
+            joined.edits + tuple(replace(e, report=e.report + sites) for e in other.edits),
+        )
+    return joined
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    options: Options
+    gradient: bool
+    done: verify.Checks
+    clock: Clock
+
+    def run(self, module: GraphModule) -> Outcome:
+        before = len(module.graph.nodes)
+        with self.clock.measure("shadow"):
+            shadow = trace(module)
+        with self.clock.measure("read"):
+            found = list(read(shadow, rules()))
+        edits: list[Edit] = []
+        reports = [self._decide(shadow, each, edits, n) for n, each in enumerate(found)]
+        with self.clock.measure("splice"):
+            splice.finish(shadow, [edit.site for edit in edits])
+            module.graph.lint()
+            module.recompile()
+        graph = GraphReport(nodes_before=before, nodes_after=len(module.graph.nodes), seconds=dict(self.clock.seconds))
+        return Outcome(tuple(reports), (graph,), tuple(edits))
+
+    def _decide(self, shadow: Shadow, found: "Found", edits: list[Edit], number: int) -> SiteReport:
+        """The verdict on one anchor; a rewritten site is spliced in."""
+        if found.site is None:
+            return _left_alone(shadow, found)
+        site = found.site
+        with self.clock.measure("choose"):
+            meta = describe(site, gradient=self.gradient)
+            choice = policy.choose(meta, kernels(), self.options)
+        report = _draft(site, meta, choice)
+        if choice.kernel is None:
+            return replace(report, verdict="refused", reason=choice.reason)
+        if choice.exact and choice.kernel.name == "sdpa" and is_same_call(site, choice.spec):
+            return replace(report, verdict="kept", reason="the call is the best there is for it already")
+        with self.clock.measure("validate"):
+            check = self._check(shadow, site)
+        if check.error is not None and not check.agrees:
+            return replace(report, verdict="refused", reason=check.reason, error=check.error, kernel=None)
+        try:
+            with self.clock.measure("splice"):
+                splice.splice(shadow, site, splice.trace_call(site, choice.spec, choice.kernel.run))
+        except Reject as reject:
+            return replace(report, verdict="refused", reason=reject.reason, kernel=None)
+        edits.append(Edit(shadow, site, choice.spec, choice.kernel, number))
+        notes = "; ".join(filter(None, (report.reason, f"unverified: {check.reason}" if check.error is None else "")))
+        return replace(report, verdict="rewritten", error=check.error, reason=notes)
+
+    def _check(self, shadow: Shadow, site: Site) -> verify.Check:
+        if self.options.verify == "off":
+            return verify.Check(None, "verify=off")
+        return verify.validate(shadow, site, self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An anchor with the site that was read there, or why none was: the rule that got furthest."""
+
+    anchor: Node
+    site: Site | None
+    reject: Reject | None = None
+    rule: str = ""
+
+
+def read(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
+    """Every anchor of every rule, in the order of the graph; nodes of sub-graphs belong to their own shadow."""
+    for node in shadow.nodes:
+        if node.op != "call_function" or node not in shadow.live or shadow.inlined(node):
+            continue
+        asked = [rule for rule in rules if node.target in rule.anchors]
+        if asked:
+            found = _read_one(node, shadow, asked)
+            if found is not None:
+                yield found
+
+
+def _read_one(node: Node, shadow: Shadow, asked: Sequence[Rule]) -> Found | None:
+    sites: list[Site] = []
+    rejects: list[tuple[Reject, str]] = []
+    for rule in asked:
+        try:
+            sites.append(rule.read(node, shadow))
+        except Reject as reject:
+            rejects.append((reject, rule.name))
+    if len({(s.root, s.spec) for s in sites}) > 1:
+        clash = Reject(f"rules {', '.join(s.rule for s in sites)} read it differently", node, depth=99)
+        return Found(node, None, clash, sites[0].rule)
+    if sites:
+        return Found(node, sites[0])
+    reject, name = max(rejects, key=lambda pair: pair[0].depth)
+    return None if reject.depth < 0 else Found(node, None, reject, name)
+
+
+def describe(site: Site, *, gradient: bool) -> SiteMeta:
+    """What a kernel may know: canonical shapes, dtypes and devices; symbolic sizes by their hints."""
+    values = [_hinted(node.meta["val"]) for node in emit.leaves(site)]
+    held = emit.operands(site, site.spec, values, emit.lengths(site, values))
+    device = emit.leaves(site)[0].meta["val"].device
+    metas = {name: TensorMeta(tuple(t.shape), t.dtype, device) for name, t in held.items()}
+    return SiteMeta(site.spec, metas, gradient)
+
+
+def _hinted(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return 1.0
+    return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
+
+
+def is_same_call(site: Site, spec: AttentionSpec) -> bool:
+    """Whether an SDPA node would be replaced by the same SDPA call: no mask to begin with, or one that stays."""
+    if site.rule != "sdpa":
+        return False
+    arguments = [*site.root.args[3:4], site.root.kwargs.get("attn_mask")]
+    had_mask = any(isinstance(a, Node) for a in arguments)
+    return not had_mask or bool(spec.bias or spec.mask.operand_names())
+
+
+def _draft(site: Site, meta: SiteMeta, choice: policy.Choice) -> SiteReport:
+    before = eager_cost(meta)
+    after = choice.kernel.cost(replace(meta, spec=choice.spec)) if choice.kernel else None
+    return SiteReport(
+        family=site.spec.family, verdict="refused", spec=str(choice.spec), kernel=choice.kernel.name if choice.kernel else None,
+        exact=choice.exact, reason=choice.reason, nearest_rule=site.rule, bytes_before=before["bytes"],
+        flops_before=before["flops"], bytes_after=after.bytes if after else None,
+        flops_after=after.flops if after else None, **locate.where(site.root),
+    )  # fmt: skip
+
+
+def eager_cost(meta: SiteMeta) -> Mapping[str, float]:
+    """What the plain spelling moves and computes: all pairs, scores and weights written and read once each."""
+    s, width = meta.sizes, meta.operands["q"].dtype.itemsize
+    rows = s.batch * (s.heads * s.sq * (s.d + s.dv) + s.kv_heads * s.sk * (s.d + s.dv))
+    pairs = float(s.batch * s.heads * s.sq * s.sk)
+    return {"bytes": (rows + 4 * pairs) * width, "flops": 2 * pairs * (s.d + s.dv)}
+
+
+def _left_alone(shadow: Shadow, found: Found) -> SiteReport:
+    reject = found.reject
+    assert reject is not None
+    linear = found.rule.startswith("linear")  # its rule stays silent about products that are no attention
+    shaped = linear or locate.is_attention_shaped(shadow, found.anchor)
+    family: Family = "linear" if linear else "softmax" if shaped else "other"
+    node = reject.node or found.anchor
+    return SiteReport(
+        family=family, verdict="refused" if shaped else "rejected", reason=reject.reason,
+        nearest_rule=found.rule, node=node.format_node() or node.name, **locate.where(node, found.anchor),
+    )  # fmt: skip

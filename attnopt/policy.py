@@ -1,0 +1,93 @@
+"""Chooses what becomes of a site: which kernel, for which spec. Exact by itself; an approximation only on request."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from attnopt.mask import Causal, First, Window, band
+from attnopt.options import Options
+from attnopt.rule import Kernel, SiteMeta
+from attnopt.spec import AttentionSpec, Sparse, unread_fields
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """kernel: None if none can serve the site. spec: what it will compute. reason: why this, or why none."""
+
+    kernel: Kernel | None
+    spec: AttentionSpec
+    reason: str
+    exact: bool = True
+
+
+def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choice:
+    """The cheapest kernel that states the site exactly, or the approximation that the user named."""
+    allowed = [kernel for kernel in kernels if _is_allowed(kernel, options)]
+    wanted = _approximation(site, options)
+    if isinstance(wanted, AttentionSpec):
+        chosen = _serve(replace(site, spec=wanted), allowed, exact=False)
+        if chosen.kernel is not None:
+            return chosen
+        return _noted(_serve(site, allowed, exact=True), f"{options.softmax} cannot serve it ({chosen.reason})")
+    return _noted(_serve(site, allowed, exact=True), wanted)
+
+
+def _is_allowed(kernel: Kernel, options: Options) -> bool:
+    """The reference is an oracle: it serves only when it is named."""
+    if options.allow:
+        return kernel.name in options.allow
+    return kernel.name not in {*options.deny, "reference"}
+
+
+def _noted(choice: Choice, note: str) -> Choice:
+    return replace(choice, reason="; ".join(filter(None, (note, choice.reason))))
+
+
+def _approximation(site: SiteMeta, options: Options) -> AttentionSpec | str:
+    """The approximate spec, or why there is none ("" when none was asked for)."""
+    if options.softmax == "exact" or site.spec.family != "softmax":
+        return ""
+    if options.softmax == "streaming":
+        return _streaming(site.spec, options)
+    return _sparse(site, options)
+
+
+def _streaming(spec: AttentionSpec, options: Options) -> AttentionSpec | str:
+    """Full causal attention cut to the first `sinks` and the last `window` keys."""
+    form = band(spec.mask)
+    if form is None or form.offset is None or form.window is not None or form.prefix:
+        return f"not cut to sinks and a window: its mask is not plainly causal ({spec.mask})"
+    cut = First(options.sinks) | Window(options.window, form.offset) if options.sinks else Window(options.window, form.offset)
+    return replace(spec, mask=spec.mask & Causal(form.offset) & cut)
+
+
+def _sparse(site: SiteMeta, options: Options) -> AttentionSpec | str:
+    """One query over many keys, of which SparQ reads a few."""
+    if site.sizes.sq != 1:
+        return "not a decode step (several queries): left exact"
+    return replace(site.spec, sparse=Sparse(options.rank, options.topk, options.local))
+
+
+def _serve(site: SiteMeta, kernels: Iterable[Kernel], *, exact: bool) -> Choice:
+    able, reasons = [], []
+    for kernel in kernels:
+        reason = _refusal(kernel, site, exact=exact)
+        if reason is None:
+            able.append(kernel)
+        elif reason:
+            reasons.append(f"{kernel.name}: {reason}")
+    if not able:
+        return Choice(None, site.spec, "; ".join(reasons) or "no kernel is allowed", exact)
+    best = min(able, key=lambda kernel: (kernel.cost(site).effort, kernel.name))
+    return Choice(best, site.spec, "", exact)
+
+
+def _refusal(kernel: Kernel, site: SiteMeta, *, exact: bool) -> str | None:
+    """None: it can serve. An empty reason: it is for something else altogether."""
+    if kernel.name != "reference" and kernel.family != site.spec.family:
+        return ""
+    if exact and not kernel.exact:
+        return ""
+    unread = unread_fields(site.spec, kernel.reads)
+    if unread:
+        return f"does not honour {', '.join(unread)}"
+    return kernel.refuse(site)

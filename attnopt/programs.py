@@ -1,0 +1,87 @@
+"""`attnopt.rewrite` for exported programs, and `attnopt.explain` for anything that torch.compile can capture."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, OutputSpec
+from torch.fx import GraphModule, Node
+
+from attnopt.approximation import measure
+from attnopt.backend import check_strict, keep, make_report, rewrite_graph
+from attnopt.errors import OptionError, UnsupportedError
+from attnopt.options import Options
+from attnopt.pipeline import optimise
+from attnopt.report import Report, merge
+
+Settings = Mapping[str, object] | Options | None
+
+
+def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[ExportedProgram, Report]:
+    """The program with its attention replaced, and the report; `program` itself is not changed.
+
+    program: as torch.export.export makes it. options: see `attnopt.Options`. The result saves and loads with
+    torch.export (after `import attnopt`, which registers the kernels' operators).
+
+    Raises OptionError, UnsupportedError if `program` is something else, StrictError with `strict=True`.
+    """
+    chosen = Options.parse(options)
+    if not isinstance(program, ExportedProgram):
+        raise UnsupportedError(
+            f"rewrite() got a {type(program).__name__}; wanted a torch.export.ExportedProgram "
+            "(torch.export.export(model, args)), or use torch.compile(model, backend='attnopt')"
+        )
+    module = copy.deepcopy(program.graph_module)
+    outcome = optimise(module, chosen, gradient=False)
+    report = measure(make_report(outcome, chosen), outcome.edits, program)
+    keep(report)
+    if chosen.strict:
+        check_strict(report)
+    signature = _renamed(program.graph_signature, module)
+    return program._update(module, signature), report  # noqa: SLF001 - the only way to keep the program's other parts
+
+
+def _renamed(signature: ExportGraphSignature, module: GraphModule) -> ExportGraphSignature:
+    """The signature with the names that the outputs now have."""
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    specs = [_named(spec, value) for spec, value in zip(signature.output_specs, output.args[0], strict=True)]
+    return ExportGraphSignature(input_specs=list(signature.input_specs), output_specs=specs)
+
+
+def _named(spec: OutputSpec, value: Any) -> OutputSpec:
+    if not isinstance(value, Node) or not hasattr(spec.arg, "name") or spec.arg.name == value.name:
+        return spec
+    return replace(spec, arg=replace(spec.arg, name=value.name))
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, options: Settings = None, **kwargs: Any
+) -> Report:
+    """What attnopt would do to `model` on these inputs; the model runs once, as it is, and nothing is changed.
+
+    model: a module or function that torch.compile takes. args, kwargs: its inputs. Printing the report gives a table.
+
+    Raises OptionError, StrictError with `strict=True`, and whatever the model itself raises.
+    """
+    chosen = Options.parse(options)
+    found: list[Report] = []
+
+    def look(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        del inputs
+        found.append(rewrite_graph(copy.deepcopy(module), chosen))
+        return module.forward
+
+    before = dict(counters["graph_break"])
+    torch._dynamo.reset()  # noqa: SLF001 - a graph compiled earlier would not be shown again
+    torch.compile(model, backend=look)(*args, **kwargs)
+    breaks = tuple(r.splitlines()[0] for r, n in counters["graph_break"].items() if n > before.get(r, 0))
+    report = replace(merge(found), graph_breaks=breaks)
+    if chosen.strict:
+        check_strict(report)
+    return report
+
+

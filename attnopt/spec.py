@@ -1,0 +1,133 @@
+"""AttentionSpec: what one attention site computes, however it was spelled. Frozen, hashable, printable, free of FX."""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Literal
+
+import torch
+
+from attnopt.mask import FULL, Mask
+
+
+class EmptyRow(Enum):
+    """What a query that sees no key returns."""
+
+    NEVER = "never"  # proven: every query sees a key
+    NAN = "nan"  # -inf fill and plain softmax
+    ZERO = "zero"  # scaled_dot_product_attention, the safe softmax
+    UNIFORM = "uniform"  # a finite fill that absorbs the score: the mean of all values
+
+
+class Decay(Enum):
+    """How a linear attention forgets; the factor is exp(log_decay), log_decay <= 0, per step."""
+
+    NONE = "none"
+    PER_HEAD = "per head"  # operand log_decay (H,)
+    PER_TOKEN = "per token"  # operand log_decay (B, H, S); the state is scaled before token t is added
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How query heads share keys and values: `share` query heads to one key/value head."""
+
+    share: int = 1  # head h reads kv head h // share; a tiled graph is brought into this order by its layout
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """What a linear attention divides by, with w the row of weights: sum(w) + eps, or max(|sum(w)|, floor)."""
+
+    eps: float = 0.0
+    floor: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """SparQ's approximation for one query: `rank` channels score all keys, `topk` keys are read, the last `local` always."""
+
+    rank: int
+    topk: int
+    local: int
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtypes in which the graph holds scores, probabilities and output; kernels keep at least as much inside."""
+
+    scores: torch.dtype | None = None
+    weights: torch.dtype | None = None
+    out: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One attention site. Operands, by name: q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), and those named here.
+
+    softmax:  o = softmax(softcap(scale * q k^T) + bias..., over visible keys) v
+    linear:   o = (decay * mask * scale * q k^T) v, divided by the normaliser if there is one
+    """
+
+    family: Literal["softmax", "linear"]
+    scale: float = 1.0
+    heads: Heads = Heads()
+    mask: Mask = FULL
+    empty_row: EmptyRow = EmptyRow.NEVER
+    bias: tuple[str, ...] = ()  # float operands, broadcastable to (B, H, Sq, Sk), added to the scaled scores
+    softcap: float | None = None  # cap * tanh(scores / cap), before the bias
+    sink_logits: bool = False  # operand sink_logits (H,): exp(z) joins each row's denominator
+    decay: Decay = Decay.NONE
+    normaliser: Normaliser | None = None
+    dropout: float = 0.0
+    sparse: Sparse | None = None  # never read from a graph: an approximation that the user asked for
+    precision: Precision = Precision()
+
+    def operand_names(self) -> tuple[str, ...]:
+        """Every tensor that the site reads, in order; a kernel call must read exactly these."""
+        named = [*self.mask.operand_names(), *self.bias]
+        extra = [("sink_logits", self.sink_logits), ("log_decay", self.decay is not Decay.NONE)]
+        return ("q", "k", "v", *named, *(name for name, there in extra if there))
+
+    def __str__(self) -> str:
+        return " ".join([self.family, *filter(None, (_describe(self, f.name) for f in fields(self)[1:]))])
+
+
+#: Fields that change no value, only rounding; `reads` of a kernel need not name them.
+NEUTRAL = frozenset({"family", "precision"})
+
+
+def unread_fields(spec: AttentionSpec, reads: frozenset[str]) -> tuple[str, ...]:
+    """Fields of `spec` that are not plain and that a kernel with `reads` does not honour; it must refuse the site.
+
+    `scale` has no plain value: each kernel reads it.
+    """
+    plain = AttentionSpec(spec.family, scale=spec.scale)
+    names = (f.name for f in fields(spec) if f.name not in NEUTRAL | reads)
+    return tuple(name for name in names if getattr(spec, name) != getattr(plain, name))
+
+
+def _describe(spec: AttentionSpec, name: str) -> str:
+    value = getattr(spec, name)
+    match name, value:
+        case "scale", _:
+            return f"scale={value:.6g}"
+        case "mask", _:
+            return str(value)
+        case "heads", Heads(share=1):
+            return ""
+        case "heads", Heads(share):
+            return f"gqa={share}"
+        case "empty_row", EmptyRow.NAN | EmptyRow.ZERO | EmptyRow.UNIFORM:
+            return f"empty={value.value}"
+        case "bias", (_, *_):
+            return "bias" if len(value) == 1 else f"bias x{len(value)}"
+        case "decay", Decay.PER_HEAD | Decay.PER_TOKEN:
+            return f"decay {value.value}"
+        case ("softcap" | "dropout"), float() if value:
+            return f"{name}={value:g}"
+        case "sparse", Sparse(rank, topk, local):
+            return f"sparq(r={rank}, k={topk}, l={local})"
+        case "sink_logits", True:
+            return "sink logits"
+        case "normaliser", Normaliser(eps, floor):
+            return "normalised" if floor is None and eps == 0 else f"normalised(eps={eps:g}, floor={floor})"
+    return ""

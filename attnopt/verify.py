@@ -1,0 +1,198 @@
+"""Translation validation: the site as the graph spells it against what was read, in fp64, on several kinds of values.
+
+The original sub-graph is cut out between the operands and the root and run in fp64; the reading is run by the
+reference kernel on the same values. They must agree to 1e-9 in every row, NaN for NaN. Long sequences and large
+batches are cut down to small ones where the graph allows it; equal sites cost one check.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
+from attnopt.mask import And, First, Mask, Or, Window
+from attnopt.passes import emit
+from attnopt.passes.layout import Axis
+from attnopt.passes.replay import Replay, normal_form
+from attnopt.passes.sizes import Concrete, product
+from attnopt.rule import Reject, Site
+from attnopt.shadow import Shadow
+
+#: Largest relative error of a row, in fp64.
+TOLERANCE = 1e-9
+#: Most elements of Q K^T that a check at the graph's own sizes may have.
+BUDGET = 2**22
+#: A window or sink longer than this is not reached by the check at reduced sizes.
+LONGEST = 600
+SHORT = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """error: the worst relative error of a row (None: could not be run). reason: why it failed or did not run."""
+
+    error: float | None = None
+    reason: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it ran and every row agreed."""
+        return self.error is not None and self.error <= TOLERANCE
+
+
+Checks = dict[str, Check]
+
+
+def validate(shadow: Shadow, site: Site, done: Checks) -> Check:
+    """Checks one site, or recalls the check of an equal one from `done`."""
+    replay = Replay.of(shadow, site)
+    key = normal_form(replay, site)
+    if key not in done:
+        done[key] = _validate(replay, site)
+    return done[key]
+
+
+def _validate(replay: Replay, site: Site) -> Check:
+    check = _attempt(replay, site, _reduced(site))
+    if check.agrees:
+        return check
+    if _fits(site, Concrete()):
+        return _attempt(replay, site, Concrete())
+    return check if check.error is None else replace(check, error=None, reason="too large to check at its own sizes")
+
+
+def _attempt(replay: Replay, site: Site, sizes: Concrete) -> Check:
+    worst = 0.0
+    for family in FAMILIES:
+        try:
+            error = _compare(replay, site, sizes, family)
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, Reject) as problem:
+            return Check(None, f"the check could not be run: {str(problem).splitlines()[0]}")
+        worst = max(worst, error)
+        if not worst <= TOLERANCE:
+            return Check(worst, f"on {family.__name__} values the reading differs by {worst:.1e} from the graph")
+    return Check(worst)
+
+
+def _compare(replay: Replay, site: Site, sizes: Concrete, family: "Family") -> float:
+    given = _lengths(site, sizes)
+    values = _values(site, given, family)
+    expected = replay.run(values, sizes)
+    plain = _without_casts(site)
+    actual = emit.call(plain, site.spec, REFERENCE.run, [values[node] for node in emit.leaves(site)], given)
+    return row_error(actual, expected.double())
+
+
+def row_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a row (last dimension); infinite if shapes or special values differ."""
+    if actual.shape != expected.shape or not torch.equal(torch.isnan(actual), torch.isnan(expected)):
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    a, b = (torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0) for x in (actual, expected))
+    if not torch.equal(torch.isinf(actual), torch.isinf(expected)):
+        return float("inf")
+    scale = b.norm(dim=-1).clamp_min(1e-30)
+    return float(((a - b).norm(dim=-1) / scale).max())
+
+
+def _without_casts(site: Site) -> Site:
+    """The same site computing in whatever dtype its operands have."""
+    operands = {
+        name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times))  # type: ignore[type-var, attr-defined]
+        for name, o in site.operands.items()
+    }
+    return replace(site, operands=operands, result=replace(emit.result_of(site), dtype=torch.float64))
+
+
+def _fits(site: Site, sizes: Concrete) -> bool:
+    roles = emit.result_of(site).roles
+    return product(sizes.of(a.size) for a in (*roles.batch, *roles.heads, *roles.query, *roles.key)) <= BUDGET
+
+
+def _reduced(site: Site) -> Concrete:
+    """Batches and sequences cut short, wherever the graph writes those numbers."""
+    roles = emit.result_of(site).roles
+    short = max([SHORT, *(n + 5 for n in _lengths_of(site.spec.mask) if n <= LONGEST)])
+    sizes: dict[int, int] = {}
+    for axes, small in ((roles.query, short), (roles.key, short + 2), (roles.batch, 2)):
+        for axis in axes:
+            if isinstance(axis.size, int) and axis.size > small:
+                sizes.setdefault(axis.size, small)
+    return Concrete(sizes)
+
+
+def _lengths_of(mask: Mask) -> list[int]:
+    match mask:
+        case And(parts) | Or(parts):
+            return [n for part in parts for n in _lengths_of(part)]
+        case Window(n) | First(n):
+            return [n]
+    return []
+
+
+def _lengths(site: Site, sizes: Concrete) -> dict[Axis, int]:
+    """A concrete length for every axis."""
+    roles = emit.result_of(site).roles
+    named = (roles.batch, roles.heads, roles.query, roles.key, roles.d, roles.dv)
+    return {axis: sizes.of(axis.size) for axes in named for axis in axes}
+
+
+def _values(site: Site, lengths: Mapping[Axis, int], family: "Family") -> dict[Node, Any]:
+    generator = torch.Generator().manual_seed(0)
+    values: dict[Node, Any] = {}
+    for name, operand in site.operands.items():
+        for part, kind in ((operand, name), *((t, "factor") for t in operand.times)):  # type: ignore[attr-defined]
+            if part.node not in values:
+                values[part.node] = _value(part, kind, lengths, family, generator)
+    return values
+
+
+def _value(operand: Any, name: str, lengths: Mapping[Axis, int], family: "Family", generator: torch.Generator) -> Any:
+    made = operand.node.meta["val"]
+    if not isinstance(made, Tensor):
+        return 0.37
+    shape = [int(product(lengths[a] for a in axes)) for axes in operand.dims]
+    if made.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < (0.15 if family is empty_rows else 0.7)
+    if not made.dtype.is_floating_point:
+        return torch.randint(0, 2, shape, generator=generator)
+    value = family(shape, generator)
+    return -value.abs() if name == "log_decay" else value
+
+
+Family = Callable[[Sequence[int], torch.Generator], Tensor]
+
+
+def random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def equal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """All the same: ties everywhere."""
+    del generator
+    return torch.full(shape, 0.5, dtype=torch.float64)
+
+
+def needles(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Mostly small, a few large: one position decides a row."""
+    value = random(shape, generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.05, 30 * value, 0.1 * value)
+
+
+def large(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Logits in the hundreds and more."""
+    return 20 * random(shape, generator)
+
+
+def empty_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal; boolean masks drawn with it hide most keys, so that some rows see none."""
+    return random(shape, generator)
+
+
+FAMILIES: tuple[Family, ...] = (random, equal, needles, large, empty_rows)

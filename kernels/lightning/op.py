@@ -1,0 +1,239 @@
+"""The custom ops `attnopt::lightning_attention` (differentiable) and `attnopt::lightning_step`, and their public faces."""
+
+from importlib.util import find_spec
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import UnsupportedError
+from attnopt.kernels.lightning import chunked, full
+from attnopt.kernels.lightning.checks import check_attention, check_step
+from attnopt.kernels.lightning.shapes import Gradients, state_dtype
+
+#: The widest head whose state tile the Triton kernels hold in registers; wider ones take the torch path.
+WIDEST = 256
+
+
+@overload
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: Literal[False] = False,
+    causal: bool = True,
+) -> Tensor: ...
+
+
+@overload
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: Literal[True],
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    causal: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Linear attention with scalar decay (Lightning Attention-2, arXiv 2401.04658, Algorithms 1 and 2), in O(N).
+
+        S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+
+    q: (B, H, Sq, D); k: (B, Hkv, Sk, D); v: (B, Hkv, Sk, Dv); all fp64, fp32, bf16 or fp16 with any strides. H is a
+        multiple of Hkv, and head h reads key/value head h // (H / Hkv).
+    log_decay: None (no decay), (H,) one per head, or (B, H, Sq) one per step, applied before that step's key is added.
+        Natural logarithm, <= 0, never a positive slope; values are not checked. -inf forgets everything.
+    scale: multiplies q . k; it is 1, not D ** -0.5, unless given.
+    initial_state: (B, H, D, Dv), the state before the first token, one per query head; fp32 (fp64 for fp64).
+    return_state: whether the state after the last token is returned too, in the form of `initial_state`.
+    causal: query t sees keys <= t, and Sq == Sk. False: every query sees every key, Sq and Sk are free, no decay.
+
+    Returns o (B, H, Sq, Dv) in q's dtype, contiguous; with `return_state` (o, state). Sums and states are held in fp32
+    (fp64 for fp64). Differentiable once in q, k, v, log_decay and initial_state, through o and the state; deterministic.
+    On CUDA Triton kernels serve causal fp32, bf16 and fp16 with D and Dv <= 256; all else takes the torch path.
+
+    Raises ShapeError (operands do not fit) and UnsupportedError (decay without causal order, integer dtypes).
+    """
+    o, state = _attention(q, k, v, log_decay, initial_state, scale, causal)
+    return (o, state) if return_state else o
+
+
+def lightning_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, log_decay: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """One token of causal `lightning_attention`; updates `state` in place.
+
+    q: (B, H, D); k: (B, Hkv, D); v: (B, Hkv, Dv); state: (B, H, D, Dv) fp32 (fp64 for fp64), any strides without overlap;
+    log_decay: None, (H,) or (B, H), natural logarithm, <= 0. Returns o (B, H, Dv) in q's dtype.
+
+    Raises ShapeError (operands do not fit) and UnsupportedError (gradients: the old state is gone; use no_grad).
+    """
+    given = (q, k, v, state, log_decay)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        raise UnsupportedError(
+            "lightning_step overwrites its state and has no gradient, and an input requires grad; "
+            "call it under torch.no_grad(), or train through lightning_attention(..., return_state=True)"
+        )
+    out: Tensor = _step(q, k, v, state, log_decay, scale)
+    return out
+
+
+@torch.library.custom_op("attnopt::lightning_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    check_attention(q, k, v, log_decay, initial_state, causal=causal)
+    with torch.autocast(q.device.type, enabled=False):
+        if not causal:
+            return full.forward(q, k, v, initial_state, scale)
+        if not _has_kernel(q, k, v):
+            return chunked.forward(q, k, v, log_decay, initial_state, scale)
+        from attnopt.kernels.lightning import triton_forward
+
+        return triton_forward.forward(q, k, v, log_decay, initial_state, scale)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    del scale
+    check_attention(q, k, v, log_decay, initial_state, causal=causal)
+    return q.new_empty((*q.shape[:3], v.shape[3])), _new_state(q, v)
+
+
+@torch.library.custom_op("attnopt::lightning_attention_backward", mutates_args=())
+def _attention_backward(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+    with_log_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay (empty unless asked for) and initial_state."""
+    inputs = (d_out, d_state, q, k, v, log_decay, initial_state, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        if not causal:
+            return _as_tuple(full.backward(d_out, d_state, q, k, v, initial_state, scale), log_decay)
+        if not _has_kernel(q, k, v):
+            return _as_tuple(chunked.backward(*inputs, with_log_decay=with_log_decay), log_decay)
+        from attnopt.kernels.lightning import triton_backward
+
+        return _as_tuple(triton_backward.backward(*inputs, with_log_decay=with_log_decay), log_decay)
+
+
+@_attention_backward.register_fake
+def _(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    causal: bool,
+    with_log_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del d_out, d_state, initial_state, scale, causal
+    state = _new_state(q, v)
+    decay = state.new_empty(0)
+    if with_log_decay and log_decay is not None:
+        decay = log_decay.new_empty(log_decay.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), decay, state
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    del output
+    *tensors, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, initial_state = ctx.saved_tensors
+    if d_out is None:
+        d_out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    with_log_decay = ctx.needs_input_grad[3]
+    dq, dk, dv, d_decay, d_initial = _attention_backward(
+        d_out, d_state, q, k, v, log_decay, initial_state, ctx.scale, ctx.causal, with_log_decay
+    )
+    d_decay = d_decay if with_log_decay else None
+    return dq, dk, dv, d_decay, d_initial if initial_state is not None else None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("attnopt::lightning_step", mutates_args=("state",))
+def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
+    check_step(q, k, v, state, log_decay)
+    with torch.autocast(q.device.type, enabled=False):
+        if not _has_kernel(q, k, v):
+            return chunked.step(q, k, v, state, log_decay, scale)
+        from attnopt.kernels.lightning import triton_step
+
+        return triton_step.step(q, k, v, state, log_decay, scale)
+
+
+@_step.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
+    del scale
+    check_step(q, k, v, state, log_decay)
+    return q.new_empty((*q.shape[:2], v.shape[2]))
+
+
+def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the Triton kernels take these tensors, none of them empty."""
+    if not q.is_cuda or find_spec("triton") is None:
+        return False
+    fits = q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= WIDEST
+    return fits and q.numel() * k.numel() * v.numel() > 0
+
+
+def _new_state(q: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
+
+
+def _as_tuple(grads: Gradients, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the op returns them: what the steps of one head share is added up where log_decay is (H,)."""
+    d_decay = grads.log_decay
+    if log_decay is not None and d_decay.dim() == 3:
+        d_decay = (d_decay.sum((0, 2)) if log_decay.dim() == 1 else d_decay).to(log_decay.dtype)
+    return grads.q, grads.k, grads.v, d_decay, grads.initial_state

@@ -1,0 +1,78 @@
+"""One token of linear attention on Triton: the state is read once, decayed, added to, written, and multiplied by q."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnopt.kernels._triton import next_power_of_two, offset, on_device_of
+from attnopt.kernels.lightning.blocks import LEAST_LOG_DECAY, LOG2E
+
+_LEAST = tl.constexpr(LEAST_LOG_DECAY)
+_LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def _step_kernel(
+    q_ptr, q_sb, q_sh, q_sd,
+    k_ptr, k_sb, k_sh, k_sd,
+    v_ptr, v_sb, v_sh, v_sd,
+    state_ptr, state_sb, state_sh, state_sk, state_sv,
+    decay_ptr, decay_sb, decay_sh,
+    out_ptr, scale, H, share, slices,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    bh = pid // slices
+    b = bh // H
+    h = bh % H
+    d = tl.arange(0, BLOCK_D)
+    dv = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (d < D)[:, None] & (dv < DV)[None, :]
+    q_at = q_ptr + offset(b, q_sb) + offset(h, q_sh) + offset(d, q_sd)
+    k_at = k_ptr + offset(b, k_sb) + offset(h // share, k_sh) + offset(d, k_sd)
+    v_at = v_ptr + offset(b, v_sb) + offset(h // share, v_sh) + offset(dv, v_sd)
+    q = tl.load(q_at, mask=d < D, other=0.0).to(tl.float32) * scale
+    k = tl.load(k_at, mask=d < D, other=0.0).to(tl.float32)
+    v = tl.load(v_at, mask=dv < DV, other=0.0).to(tl.float32)
+    state_at = state_ptr + offset(b, state_sb) + offset(h, state_sh)
+    state_at = state_at + offset(d, state_sk)[:, None] + offset(dv, state_sv)[None, :]
+    state = tl.load(state_at, mask=inside, other=0.0)
+    if decay_ptr is not None:
+        g = tl.load(decay_ptr + offset(b, decay_sb) + offset(h, decay_sh)).to(tl.float32)
+        state = state * tl.exp2(tl.maximum(g, _LEAST, propagate_nan=tl.PropagateNan.ALL) * _LOG2E)
+    state += k[:, None] * v[None, :]
+    tl.store(state_at, state, mask=inside)
+    out = tl.sum(q[:, None] * state, axis=0)
+    tl.store(out_ptr + offset(bh, DV) + dv, out.to(out_ptr.dtype.element_ty), mask=dv < DV)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
+    """Updates `state` in place and returns o; shapes as in `chunked.step`, no dimension 0, any strides."""
+    batch, heads, dim = q.shape
+    out = q.new_empty(batch, heads, v.shape[2])
+    columns = min(next_power_of_two(v.shape[2]), _columns(dim))
+    slices = triton.cdiv(v.shape[2], columns)
+    with on_device_of(q):
+        _step_kernel[(batch * heads * slices,)](
+            q, *q.stride(), k, *k.stride(), v, *v.stride(), state, *state.stride(),
+            log_decay, *_decay_strides(log_decay), out, scale, heads, heads // k.shape[1], slices,
+            D=dim, DV=v.shape[2], BLOCK_D=next_power_of_two(dim), BLOCK_V=columns, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _columns(dim: int) -> int:
+    """State columns per program: 4,096 cells, 32 registers a thread."""
+    return max(16, 4096 // next_power_of_two(dim))
+
+
+def _decay_strides(log_decay: Tensor | None) -> tuple[int, int]:
+    if log_decay is None:
+        return 0, 0
+    return (0, log_decay.stride(0)) if log_decay.dim() == 1 else (log_decay.stride(0), log_decay.stride(1))
+
+
+def fits(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernel takes these dtypes and widths."""
+    return q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 1024

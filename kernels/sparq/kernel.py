@@ -1,0 +1,98 @@
+"""SparQ as a kernel for decoding sites: an approximation of softmax attention, chosen only when the user names it."""
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import and_
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attnopt.kernels.sparq.op import sparq_attention
+from attnopt.kernels.sparq.request import DTYPES
+from attnopt.mask import FULL, And, Causal, Mask
+from attnopt.rule import Cost, SiteMeta
+from attnopt.spec import AttentionSpec, EmptyRow
+
+
+class SparqKernel:
+    """One query over a cache of keys: `topk` of them, chosen by `rank` channels (arXiv 2312.04985).
+
+    A graph holds no channel-major copy of the keys and no running mean of the values. So at a site the channels are
+    picked out of k, and with as many kv heads as query heads the mean of v is taken anew, which reads all of both.
+    The saving in traffic that the paper shows needs a cache that keeps the two; `sparq_attention` takes them.
+    """
+
+    name = "sparq"
+    family: Literal["softmax", "linear"] = "softmax"
+    exact = False
+    reads = frozenset({"scale", "heads", "mask", "empty_row"})
+
+    def __init__(self, rank: int = 32, topk: int = 128, local: int = 32) -> None:
+        self.rank, self.topk, self.local = rank, topk, local
+
+    def refuse(self, site: SiteMeta) -> str | None:
+        """Serves one query token, without gradients, under any mask that all heads share."""
+        if site.sizes.sq != 1:
+            return f"SparQ decodes one query token at a time, this site has {site.sizes.sq}: prefill is dense"
+        if site.gradient:
+            return "SparQ has no gradient: the choice of keys has no derivative"
+        dtypes = {site.operands[name].dtype for name in "qkv"}
+        if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+            return f"q, k and v are {', '.join(sorted(map(str, dtypes)))}: wanted one floating dtype"
+        return _refuse_mask(site)
+
+    def cost(self, site: SiteMeta) -> Cost:
+        """Reads all of k (channels lie scattered in it), the chosen keys and values, all of v where it takes a mean."""
+        s = site.sizes
+        chosen, is_blended = min(self.topk, s.sk), s.heads == s.kv_heads
+        elements = s.sk * s.d + chosen * (s.d + s.dv) + (s.sk * s.dv if is_blended else 0)
+        flops = 2.0 * s.batch * s.heads * (s.sk * min(self.rank, s.d) + chosen * (s.d + s.dv))
+        return Cost(float(s.batch * s.kv_heads * elements * site.operands["q"].dtype.itemsize), flops)
+
+    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+        """(B, H, 1, Dv). A row that sees no key has the spec's meaning; a uniform one over the keys that are chosen."""
+        q, k, v = (operands[name] for name in "qkv")
+        kept = _kept(spec.mask, operands, q.shape[0], k.shape[2], q.device)
+        if kept is None or spec.empty_row in (EmptyRow.NEVER, EmptyRow.ZERO):
+            return self._attend(q, k, v, spec.scale, kept)
+        seen = kept.any(dim=-1)[:, None, None, None]
+        if spec.empty_row is EmptyRow.NAN:
+            return torch.where(seen, self._attend(q, k, v, spec.scale, kept), float("nan"))
+        # A zero query weighs all keys alike.
+        return self._attend(q.where(seen, 0.0), k, v, spec.scale, kept | ~seen[:, 0, 0])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None) -> Tensor:
+        return sparq_attention(
+            q, k, v, rank=self.rank, topk=self.topk, local=self.local, scale=scale, key_padding=kept
+        )  # fmt: skip
+
+
+def _refuse_mask(site: SiteMeta) -> str | None:
+    for name in site.spec.mask.operand_names():
+        shape = site.operands[name].shape
+        if len(shape) != 2 and (len(shape) != 4 or shape[1] != 1):
+            return f"mask {name} has shape {tuple(shape)}: wanted one that all heads share, (B, 1, 1, Sk) or (B, Sk)"
+    return None
+
+
+def _kept(
+    mask: Mask, operands: Mapping[str, Tensor], batch: int, sk: int, device: torch.device
+) -> Tensor | None:
+    """The row of the mask as (B, Sk) bool, or None where the one query is proven to see every key."""
+    parts = mask.parts if isinstance(mask, And) else (mask,)
+    hiding = reduce(and_, (part for part in parts if not _shows_all(part)), FULL)
+    if hiding == FULL:
+        return None
+    row = hiding.dense(1, sk, operands, device)[..., 0, :]
+    return (row[:, 0] if row.ndim == 3 else row).expand(batch, sk)
+
+
+def _shows_all(mask: Mask) -> bool:
+    """Whether one query sees every key under this mask, whatever Sk is."""
+    if not isinstance(mask, Causal):
+        return mask == FULL
+    return mask.offset.sk >= 1 and mask.offset.const + mask.offset.sq >= -1
+
+
+KERNEL = SparqKernel()

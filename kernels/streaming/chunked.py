@@ -1,0 +1,283 @@
+"""Exact softmax attention in plain torch, block by block: only the keys that a block of queries sees are touched.
+
+Time O(Sq (window + sinks)), temporary memory a few tiles of about `TILE` scores. The backward recomputes the
+scores (FlashAttention-2, arXiv 2307.08691, section 3.1.2); nothing of size Sq x Sk is ever made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnopt.kernels.streaming.problem import (
+    Answer,
+    Gradients,
+    Problem,
+    add_mean_gradient,
+    fill_empty_rows,
+    live_gradient,
+    row_delta,
+    row_peak,
+    sink_gradient,
+)
+from attnopt.kernels.streaming.reach import Reach, Span
+
+#: Scores in one tile: few enough that the passes of the softmax find them in the cache.
+TILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Some batch items x kv heads x queries, and the key columns that these queries see."""
+
+    batch: slice
+    heads: slice
+    rows: Span
+    sections: tuple[Span, ...]
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice, slice]:
+        """Index into (B, Hkv, G, Sq, ...)."""
+        return (self.batch, self.heads, slice(None), slice(*self.rows))
+
+    @property
+    def columns(self) -> list[tuple[slice, slice]]:
+        """For each section: where it lies among the keys, and where in the tile."""
+        widths = [stop - start for start, stop in self.sections]
+        starts = [sum(widths[:n]) for n in range(len(widths))]
+        return [
+            (slice(*section), slice(start, start + width))
+            for section, start, width in zip(self.sections, starts, widths, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operands:
+    """Inputs in the accumulation dtype: q scaled, (B, Hkv, G, Sq, D); k, v (B, Hkv, Sk, .); bias and masks 5-D."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    masks: tuple[Tensor, ...]
+    sinks: Tensor | None
+    reach: Reach
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What the backward knows of each query: do (B, Hkv, G, Sq, Dv), the rest (B, Hkv, G, Sq)."""
+
+    do: Tensor
+    delta: Tensor
+    peak: Tensor
+    log_sum: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """Gradients under construction, in the shapes of `Operands`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+
+
+def forward(problem: Problem) -> Answer:
+    """The attention of `problem`, on any device."""
+    x = _operands(problem)
+    o = problem.q.new_zeros((*x.q.shape[:-1], x.v.shape[-1]))
+    lse, log_sum = _sums_without_keys(x)
+    for tile in _tiles(x):
+        at = tile.queries
+        o[at], lse[at], log_sum[at] = _attend(x, tile)
+    o, lse, log_sum = (t.flatten(1, 2) for t in (o, lse, log_sum))
+    return Answer(fill_empty_rows(problem, o, lse), lse, log_sum)
+
+
+def backward(
+    problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, *, bias_gradient: bool
+) -> Gradients:
+    """Gradients of q, k, v, the sink logits, and of the bias (summed to its shape) if `bias_gradient`."""
+    x = _operands(problem)
+    live = live_gradient(problem, answer, do)
+    delta = row_delta(answer, live, dlse)
+    rows = Rows(*(_grouped(t, x.k.shape[1]) for t in (live, delta, row_peak(answer), answer.log_sum)))
+    sums = _zeros(x, bias_gradient=bias_gradient)
+    for tile in _tiles(x):
+        _accumulate(x, tile, rows, sums)
+    return Gradients(
+        sums.q.mul_(problem.scale).flatten(1, 2).to(problem.q.dtype),
+        sums.k.to(problem.k.dtype),
+        add_mean_gradient(problem, answer, do, sums.v).to(problem.v.dtype),
+        None if sums.bias is None or problem.bias is None else sums.bias.view(problem.bias.shape).to(problem.bias.dtype),
+        sink_gradient(problem, answer, delta),
+    )
+
+
+def _operands(problem: Problem) -> Operands:
+    kv_heads, dtype, padding = problem.k.shape[1], problem.accumulate, problem.key_padding
+    sinks = problem.sink_logits
+    return Operands(
+        q=_grouped((problem.q.to(dtype) * problem.scale).contiguous(), kv_heads),
+        k=_without_padding(problem.k.to(dtype), padding).contiguous(),
+        v=_without_padding(problem.v.to(dtype), padding).contiguous(),
+        bias=None if problem.bias is None else _grouped(problem.bias.to(dtype).contiguous(), kv_heads),
+        masks=tuple(_masks(problem)),
+        sinks=None if sinks is None else sinks.to(dtype).view(kv_heads, -1, 1),
+        reach=problem.reach,
+        softcap=problem.softcap,
+    )
+
+
+def _zeros(x: Operands, *, bias_gradient: bool) -> Sums:
+    bias = torch.zeros_like(x.bias) if bias_gradient and x.bias is not None else None
+    return Sums(torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), bias)
+
+
+def _without_padding(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Keys that nobody sees as zeros, so that a NaN left there is not carried along by a weight of zero."""
+    return x if keep is None else x.masked_fill(~keep[:, None, :, None], 0.0)
+
+
+def _masks(problem: Problem) -> Iterator[Tensor]:
+    if problem.mask is not None:
+        yield _grouped(problem.mask, problem.k.shape[1])
+    if problem.key_padding is not None:
+        yield problem.key_padding[:, None, None, None, :]
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(., H, ...) as (., Hkv, G, ...); a head dimension of one, that is broadcast, stays so."""
+    return x.unflatten(1, (1, 1) if x.shape[1] == 1 else (kv_heads, -1))
+
+
+def _sums_without_keys(x: Operands) -> tuple[Tensor, Tensor]:
+    """lse and log_sum before any key is seen: -inf and 0, or the learned sink alone."""
+    lse = x.q.new_full(x.q.shape[:-1], -torch.inf)
+    if x.sinks is not None:
+        lse = lse.copy_(x.sinks.expand_as(lse))
+    return lse, torch.zeros_like(lse)
+
+
+def _tiles(x: Operands) -> Iterator[Tile]:
+    """Blocks of queries, each with as many heads, then batch items, as fit into one tile of scores."""
+    batch, heads, group, rows, _ = x.q.shape
+    block = _block(x.reach, group)
+    for first in range(0, rows, block):
+        span = (first, min(first + block, rows))
+        sections = tuple(x.reach.sections(span))
+        fit = TILE // max(1, group * block * sum(stop - start for start, stop in sections))
+        for b in _steps(batch if sections else 0, max(1, fit // max(1, heads))):
+            for h in _steps(heads, max(1, min(heads, fit))):
+                yield Tile(b, h, span, sections)
+
+
+def _block(reach: Reach, group: int) -> int:
+    """Queries in one block: few beside the keys that each sees, so that few of the touched pairs are hidden ones."""
+    if not reach.windowed:
+        return max(16, min(128, TILE // max(1, group * reach.columns)))
+    seen = min(reach.columns, reach.upper - reach.lower + reach.head)
+    return max(16, min(64, seen // 4, TILE // max(1, group * seen)))
+
+
+def _steps(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _attend(x: Operands, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """o, lse and log_sum of one tile; in rows that see no key o is zero."""
+    scores = _masked(x, tile, _capped(x, _scores(x, tile)))
+    peak = scores.amax(-1)
+    blind = torch.isneginf(peak)
+    weights = torch.softmax(scores, -1)
+    log_sum = weights.amax(-1).log_().neg_().masked_fill_(blind, 0.0)
+    o = _times(weights, _keys(x.v, tile)).masked_fill_(blind[..., None], 0.0)
+    return (o, peak + log_sum, log_sum) if x.sinks is None else _with_sinks(o, peak, log_sum, x.sinks[tile.heads])
+
+
+def _with_sinks(o: Tensor, peak: Tensor, log_sum: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same after exp(z) has joined the denominators (gpt-oss; FlashAttention's learnable sink)."""
+    highest = torch.maximum(peak, z)
+    base = highest.masked_fill(torch.isneginf(highest), 0.0)
+    keys = torch.exp(peak - base) * torch.exp(log_sum)
+    total = keys + torch.exp(z - base)
+    log_total = total.log().masked_fill_(torch.isneginf(highest), 0.0)
+    return o * (keys / total)[..., None], highest + log_total, log_total
+
+
+def _scores(x: Operands, tile: Tile) -> Tensor:
+    """scale * q k^T of a tile, (b, h, G, rows, columns)."""
+    return _times(x.q[tile.queries], _keys(x.k, tile).mT)
+
+
+def _capped(x: Operands, scores: Tensor) -> Tensor:
+    return scores if x.softcap is None else scores.div_(x.softcap).tanh_().mul_(x.softcap)
+
+
+def _masked(x: Operands, tile: Tile, scores: Tensor) -> Tensor:
+    """The logits: bias added, -inf where the key is hidden. In place; only the edges are compared with positions."""
+    for section, (keys, inside) in zip(tile.sections, tile.columns, strict=True):
+        part = scores[..., inside]
+        if x.bias is not None:
+            part.add_(_cut(x.bias, tile, keys))
+        for mask in x.masks:
+            part.masked_fill_(~_cut(mask, tile, keys), -torch.inf)
+        for start, stop in x.reach.edges(tile.rows, section):
+            seen = x.reach.tile(tile.rows, (start, stop), scores.device)
+            part[..., start - section[0] : stop - section[0]].masked_fill_(~seen, -torch.inf)
+    return scores
+
+
+def _cut(x: Tensor, tile: Tile, keys: slice) -> Tensor:
+    """The tile's part of a tensor that broadcasts to (B, Hkv, G, Sq, Sk), itself still to be broadcast."""
+    index = (*tile.queries, keys)
+    return x[tuple(at if size > 1 else slice(None) for at, size in zip(index, x.shape, strict=True))]
+
+
+def _keys(x: Tensor, tile: Tile) -> Tensor:
+    """The rows of k or v that the tile sees, (b, h, columns, .)."""
+    part = x[tile.batch, tile.heads]
+    sections = [part[:, :, keys] for keys, _ in tile.columns]
+    return sections[0] if len(sections) == 1 else torch.cat(sections, dim=2)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x (b, h, G, n, m) @ y (b, h, m, l): the G query heads of a kv head are rows of one product."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y summed over the queries of the group: (b, h, G, n, m), (b, h, G, n, l) -> (b, h, m, l)."""
+    return x.flatten(2, 3).mT @ y.flatten(2, 3)
+
+
+def _accumulate(x: Operands, tile: Tile, rows: Rows, sums: Sums) -> None:
+    """Adds one tile's part of every gradient."""
+    at = tile.queries
+    raw = _capped(x, _scores(x, tile))
+    slope = None if x.softcap is None else 1 - (raw / x.softcap).square_()
+    weights = _masked(x, tile, raw).sub_(rows.peak[at][..., None]).sub_(rows.log_sum[at][..., None]).exp_()
+    _add_keys(sums.v, tile, _outer(weights, rows.do[at]))
+    dscores = _times(rows.do[at], _keys(x.v, tile).mT).sub_(rows.delta[at][..., None]).mul_(weights)
+    if sums.bias is not None:
+        _add_bias(sums.bias, tile, dscores)
+    if slope is not None:
+        dscores.mul_(slope)
+    sums.q[at] = _times(dscores, _keys(x.k, tile))
+    _add_keys(sums.k, tile, _outer(dscores, x.q[at]))
+
+
+def _add_keys(total: Tensor, tile: Tile, part: Tensor) -> None:
+    for keys, inside in tile.columns:
+        total[tile.batch, tile.heads, keys] += part[:, :, inside]
+
+
+def _add_bias(total: Tensor, tile: Tile, dscores: Tensor) -> None:
+    for keys, inside in tile.columns:
+        place = _cut(total, tile, keys)
+        place += dscores[..., inside].sum_to_size(place.shape)

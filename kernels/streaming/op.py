@@ -1,0 +1,208 @@
+"""The differentiable op behind structured softmax attention, and `streaming_attention`: sinks + sliding window.
+
+Sinks + window: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, section 3.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import OptionError
+from attnopt.kernels.streaming import chunked
+from attnopt.kernels.streaming.checks import check
+from attnopt.kernels.streaming.problem import Answer, Gradients, Problem
+from attnopt.kernels.streaming.reach import reach
+
+
+def streaming_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sinks: int = 4,
+    window: int = 1024,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    key_padding: Tensor | None = None,
+) -> Tensor:
+    """Causal attention in which each query sees the first `sinks` keys and the last `window`, its own included.
+
+    q: (B, H, Sq, D), k: (B, Hkv, Sk, D), v: (B, Hkv, Sk, Dv); half, bfloat16, float or double; D, Dv <= 256; any
+    strides; query head h reads kv head h // (H / Hkv). The last query stands at the last key: with Sq < Sk the
+    queries continue a sequence, as in FlashAttention. scale: D ** -0.5 by default. bias: float, broadcastable to
+    (B, H, Sq, Sk), added to the scaled scores. key_padding: bool (B, Sk), True where the key is kept.
+    Returns (B, H, Sq, Dv) in q's dtype; a query that sees no key returns zeros.
+
+    Differentiable in q, k, v and bias. Raises ShapeError where tensors do not fit together, OptionError where sinks or
+    window cannot be, UnsupportedError where D is too large or the dtype unknown. arXiv 2309.17453, section 3.
+    """
+    if sinks < 0 or window < 1:
+        raise OptionError(f"sinks={sinks}, window={window}; wanted sinks >= 0 and window >= 1: a query sees itself")
+    check(q, k, v)
+    o, _, _ = attend(
+        *(q, k, v, None if bias is None else _four_dimensional(bias), None, key_padding, None),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        offset=k.shape[2] - q.shape[2],
+        window=window,
+        sinks=sinks,
+        prefix=0,
+        softcap=None,
+        empty_row="zero",
+    )
+    return o
+
+
+def _four_dimensional(x: Tensor) -> Tensor:
+    return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x
+
+
+@torch.library.custom_op("attnopt::streaming_attention", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    offset: int | None,
+    window: int | None,
+    sinks: int,
+    prefix: int,
+    softcap: float | None,
+    empty_row: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(softcap(scale q k^T) + bias) v over the visible keys: (o, lse, log_sum).
+
+    Visible: ((j <= i + offset and (j > i + offset - window or j < sinks)) or j < prefix) and key_padding[b, j] and
+    mask[b, h, i, j]; offset None is not causal, window None has no lower end. Tensors as in `problem.Problem`,
+    results as in `problem.Answer`. A row whose largest logit is -inf returns NaN, zeros or the mean of all
+    values, as `empty_row` says ("nan", "zero", "uniform"), and passes no gradient to q, k, bias; the mean does to v.
+    """
+    problem = _problem(
+        *(q, k, v, bias, mask, key_padding, sink_logits),
+        *(scale, offset, window, sinks, prefix, softcap, empty_row),
+    )
+    answer = _forward(problem)
+    return answer.o, answer.lse, answer.log_sum
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check(q, k, v, *rest)
+    rows = q.shape[:3]
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=statistics), q.new_empty(rows, dtype=statistics)
+
+
+@torch.library.custom_op("attnopt::streaming_attention_backward", mutates_args=())
+def attend_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    log_sum: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    offset: int | None,
+    window: int | None,
+    sinks: int,
+    prefix: int,
+    softcap: float | None,
+    empty_row: str,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, bias and sink_logits; the last two have no elements where they are not wanted."""
+    problem = _problem(
+        *(q, k, v, bias, mask, key_padding, sink_logits),
+        *(scale, offset, window, sinks, prefix, softcap, empty_row),
+    )
+    found = _backward(problem, Answer(o, lse, log_sum), do, dlse, bias_gradient=bias_gradient)
+    dbias, dsinks = (q.new_empty(0) if x is None else x for x in (found.bias, found.sink_logits))
+    return found.q, found.k, found.v, dbias, dsinks
+
+
+@attend_backward.register_fake
+def _(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, log_sum: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del do, dlse, o, lse, log_sum
+    q, k, v, bias, sink_logits, bias_gradient = *rest[:4], rest[6], rest[-1]
+    dbias = q.new_empty(0) if bias is None or not bias_gradient else bias.new_empty(bias.shape)
+    dsinks = q.new_empty(0) if sink_logits is None else sink_logits.new_empty(sink_logits.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.numbers = inputs[7:]
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> Sequence[Tensor | None]:
+    saved = ctx.saved_tensors
+    do = torch.zeros_like(saved[0]) if do is None else do
+    dq, dk, dv, dbias, dsinks = attend_backward(do, dlse, *saved, *ctx.numbers, ctx.needs_input_grad[3])
+    dbias = dbias if ctx.needs_input_grad[3] else None
+    dsinks = dsinks if ctx.needs_input_grad[6] else None
+    return (dq, dk, dv, dbias, None, None, dsinks, *(None for _ in ctx.numbers))
+
+
+attend.register_autograd(_differentiate, setup_context=_save)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    sink_logits: Tensor | None,
+    scale: float,
+    offset: int | None,
+    window: int | None,
+    sinks: int,
+    prefix: int,
+    softcap: float | None,
+    empty_row: str,
+) -> Problem:
+    check(q, k, v, bias, mask, key_padding, sink_logits, scale, offset, window, sinks, prefix, softcap, empty_row)
+    sizes = {"rows": q.shape[2], "columns": k.shape[2]}
+    where = reach(offset=offset, window=window, sinks=sinks, prefix=prefix, **sizes)
+    return Problem(q, k, v, bias, mask, key_padding, sink_logits, scale, where, softcap, empty_row)
+
+
+def _forward(problem: Problem) -> Answer:
+    if not _goes_to_triton(problem):
+        return chunked.forward(problem)
+    from attnopt.kernels.streaming import triton_forward  # noqa: PLC0415 - importing attnopt must not import triton
+
+    return triton_forward.launch(problem)
+
+
+def _backward(
+    problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, *, bias_gradient: bool
+) -> Gradients:
+    if bias_gradient or not _goes_to_triton(problem):
+        return chunked.backward(problem, answer, do, dlse, bias_gradient=bias_gradient)
+    from attnopt.kernels.streaming import triton_backward  # noqa: PLC0415 - as above
+
+    return triton_backward.launch(problem, answer, do, dlse)
+
+
+def _goes_to_triton(problem: Problem) -> bool:
+    """Double precision has no tensor cores, and empty grids cannot be launched: both go to torch."""
+    kinds = problem.q.is_cuda and problem.q.dtype != torch.float64 and find_spec("triton") is not None
+    return kinds and min(problem.q.numel(), problem.k.numel(), problem.v.numel()) > 0

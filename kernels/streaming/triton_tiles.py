@@ -1,0 +1,210 @@
+"""What the forward and the backward kernels share: tile sizes, which tiles to visit, logits of a tile."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnopt.kernels._triton import dot_precision, next_power_of_two, offset
+from attnopt.kernels.streaming.problem import Problem
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Queries and keys in a tile, warps that share it, and stages of the load pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def shared_bytes(self, width: int, itemsize: int) -> int:
+        """Shared memory, roughly: two resident operands on the longer side, two streamed ones for every stage."""
+        resident, streamed = max(self.queries, self.keys), min(self.queries, self.keys)
+        return 2 * width * itemsize * (resident + streamed * self.stages)
+
+
+#: From the fastest where it fits to the one that always does. The resident side is the longer one.
+BY_QUERIES = (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1))
+BY_KEYS = (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(32, 32, 4, 1))
+SMALLEST = Tiles(16, 16, 4, 1)
+
+
+def choose(candidates: tuple[Tiles, ...], *, d: int, dv: int, itemsize: int, shared: int) -> Tiles:
+    """The first candidate whose operands fit into `shared` bytes; fp32 products, without tensor cores, want less."""
+    width = next_power_of_two(max(d, dv))
+    most = 64 * (64 if itemsize < 4 else 32) * 4
+    fitting = (t for t in candidates if t.shared_bytes(width, itemsize) <= shared and t.queries * t.keys * 2 <= most)
+    return next(fitting, SMALLEST)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Shared memory that one program may use, in bytes; without a GPU, what the smallest supported one has."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+@triton.jit
+def split(start, stop, full_start, full_stop, BLOCK: tl.constexpr):
+    """Cuts [start, stop) into tiles: `before` partial ones, full ones in [first, last), `after` partial ones.
+
+    Full tiles lie inside [full_start, full_stop). Returns (before, first, last, after).
+    """
+    before = tl.cdiv(tl.maximum(tl.minimum(full_start, stop) - start, 0), BLOCK)
+    first = start + before * BLOCK
+    last = first + tl.maximum(tl.minimum(full_stop, stop) - first, 0) // BLOCK * BLOCK
+    after = tl.cdiv(tl.maximum(stop - last, 0), BLOCK)
+    return before, first, last, after
+
+
+@triton.jit
+def visible(rows, cols, columns, upper, lower, sinks, prefix, WINDOWED: tl.constexpr):
+    """`Reach.tile` for broadcastable positions, and False beyond the last column."""
+    seen = cols <= rows + upper
+    if WINDOWED:
+        seen = seen & ((cols > rows + lower) | (cols < sinks))
+    return (seen | (cols < prefix)) & (cols < columns)
+
+
+@triton.jit
+def load_rows(ptr, index, s_row, s_col, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `index` of a matrix, (len(index), PADDED); zero where `inside` is False and beyond WIDTH columns."""
+    col = tl.arange(0, PADDED)
+    at = ptr + offset(index, s_row)[:, None] + offset(col, s_col)[None, :]
+    return tl.load(at, mask=inside[:, None] & (col < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, index, s_row, tile, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Writes `tile` to rows `index` of a matrix whose columns are adjacent."""
+    col = tl.arange(0, PADDED)
+    at = ptr + offset(index, s_row)[:, None] + col[None, :]
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=inside[:, None] & (col < WIDTH)[None, :])
+
+
+@triton.jit
+def signed(q, SIGN: tl.constexpr):
+    """q times the sign of the scale, so that what multiplies the scores afterwards is positive."""
+    if SIGN == 1:
+        return q
+    return (q.to(tl.float32) * SIGN).to(q.dtype)
+
+
+@triton.jit
+def tanh(x):
+    """tanh, by its series where the quotient of exponentials would cancel."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    quotient = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def logits(
+    qk, rows, cols, limit, keep,
+    n_rows, upper, lower, sinks, prefix,
+    bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
+    scale, softcap,
+    STRUCTURED: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile of q k^T, -inf where hidden; `rows`, `cols`, `keep` broadcast to the tile, either way round.
+
+    PLAIN leaves the scale to whoever takes the exponential; else the logits are in natural units. STRUCTURED is
+    for tiles that some query sees only in part.
+    """
+    x = qk
+    if not PLAIN:
+        x = x * scale
+    if CAPPED:
+        x = softcap * tanh(x / softcap)
+    inside = (rows < n_rows) & (cols < limit)
+    if BIAS:
+        at = bias_ptr + offset(rows, bias_sq) + offset(cols, bias_sk)
+        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if STRUCTURED:
+        x = tl.where(visible(rows, cols, limit, upper, lower, sinks, prefix, WINDOWED), x, -float("inf"))
+    if MASK:
+        at = mask_ptr + offset(rows, mask_sq) + offset(cols, mask_sk)
+        x = tl.where(tl.load(at, mask=inside, other=0) != 0, x, -float("inf"))
+    if PADDING:
+        x = tl.where(keep, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def kept(keep_ptr, cols, keep_ss, limit, PADDING: tl.constexpr):
+    """Which of the columns exist below `limit` and are not padding."""
+    inside = cols < limit
+    if PADDING:
+        inside = inside & (tl.load(keep_ptr + offset(cols, keep_ss), mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def raise_to(x, level, unit, PLAIN: tl.constexpr):
+    """exp2(unit * (x - level)), level one per row; PLAIN as one multiply-add, else exact beside huge levels."""
+    if PLAIN:
+        return tl.exp2(x * unit - level * unit)
+    return tl.exp2((x - level) * unit)
+
+
+def scalars(problem: Problem) -> dict[str, Any]:
+    """Sizes, structure, scale and the optional tensors of a problem, by the names that the kernels give them."""
+    plain = problem.bias is None and problem.softcap is None and problem.sink_logits is None
+    magnitude = abs(problem.scale) or 1.0
+    where = problem.reach
+    return {
+        "n_rows": where.rows,
+        "n_cols": where.columns,
+        "upper": where.upper,
+        "lower": where.lower,
+        "sinks": where.sinks if where.windowed else 0,
+        "prefix": where.prefix,
+        "unit": (magnitude if plain else 1.0) * LOG2E.value,
+        "scale": magnitude,
+        "softcap": problem.softcap or 1.0,
+        "SIGN": (problem.scale > 0) - (problem.scale < 0),
+        "WINDOWED": where.windowed,
+        "PLAIN": plain,
+        "CAPPED": problem.softcap is not None,
+        "PRECISION": dot_precision(problem.q.dtype),
+        **_optional(problem),
+    }
+
+
+def _optional(problem: Problem) -> dict[str, Any]:
+    full = (*problem.q.shape[:3], problem.k.shape[2])
+    absent = problem.q, (0, 0, 0, 0)
+    bias, bias_strides = absent if problem.bias is None else _spread(problem.bias, full)
+    mask, mask_strides = absent if problem.mask is None else _spread(problem.mask.view(torch.uint8), full)
+    keep = problem.key_padding
+    return {
+        "bias_ptr": bias,
+        **dict(zip(("bias_sb", "bias_sh", "bias_sq", "bias_sk"), bias_strides, strict=True)),
+        "mask_ptr": mask,
+        **dict(zip(("mask_sb", "mask_sh", "mask_sq", "mask_sk"), mask_strides, strict=True)),
+        "keep_ptr": problem.q if keep is None else keep.view(torch.uint8),
+        "keep_sb": 0 if keep is None else keep.stride(0),
+        "keep_ss": 0 if keep is None else keep.stride(1),
+        "BIAS": problem.bias is not None,
+        "MASK": problem.mask is not None,
+        "PADDING": keep is not None,
+    }
+
+
+def _spread(x: Tensor, full: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    return x, x.expand(full).stride()
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """The strides of a (B, H, S, D) tensor as `name_sb`, `name_sh`, `name_ss`, `name_sd`."""
+    return {f"{name}_s{axis}": size for axis, size in zip("bhsd", x.stride(), strict=True)}

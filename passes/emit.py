@@ -1,0 +1,153 @@
+"""Brings operands into their canonical layout and the kernel's output back: plain tensor code, traced by `splice`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from attnopt.passes.layout import Axes, Axis, Dims
+from attnopt.passes.site import Operand, Result, Roles
+from attnopt.rule import Reject, Site
+from attnopt.spec import AttentionSpec
+
+#: What computes a spec from canonical operands: a kernel's `run`, or the reference's.
+Run = Callable[[AttentionSpec, Mapping[str, Tensor]], Tensor]
+
+Lengths = dict[Axis, Any]  # axis -> int or SymInt
+
+
+def leaves(site: Site) -> list[Any]:
+    """The nodes whose values the call takes, each once, in a fixed order."""
+    found: dict[Any, None] = {}
+    for operand in site.operands.values():
+        for part in (operand, *operand.times):  # type: ignore[attr-defined]
+            found.setdefault(part.node, None)
+    return list(found)
+
+
+def call(site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given: Lengths | None = None) -> Tensor:
+    """The root's value: operands arranged, the kernel run, its output arranged back.
+
+    values: those of `leaves(site)`. spec: what to compute (the site's own, or an approximation of it). given:
+    lengths of axes that differ from those of the graph (a check at reduced sizes).
+    """
+    result = result_of(site)
+    sizes = lengths(site, values, given)
+    out = run(spec, operands(site, spec, values, sizes))
+    return restore(out, result, sizes).to(result.dtype)
+
+
+def result_of(site: Site) -> Result:
+    """The layout of the root."""
+    assert isinstance(site.result, Result)
+    return site.result
+
+
+def operands(site: Site, spec: AttentionSpec, values: Sequence[Any], sizes: Lengths) -> dict[str, Tensor]:
+    """The canonical operands that `spec` names."""
+    held = dict(zip(leaves(site), values, strict=True))
+    roles = result_of(site).roles
+    return {name: arrange(site.operands[name], name, roles, held, sizes) for name in spec.operand_names()}  # type: ignore[arg-type]
+
+
+def lengths(site: Site, values: Sequence[Any], given: Lengths | None = None) -> Lengths:
+    """The length of every axis, from the shapes of the tensors at hand."""
+    held = dict(zip(leaves(site), values, strict=True))
+    parts = [p for o in site.operands.values() for p in (o, *o.times)]  # type: ignore[attr-defined]
+    pending = [(axes, size) for p in parts if isinstance(held[p.node], Tensor) for axes, size in _pairs(p, held[p.node])]
+    known: Lengths = dict(given or {})
+    while pending:
+        left = [(axes, size) for axes, size in pending if not _solve(axes, size, known)]
+        if len(left) == len(pending):
+            _split_known_sizes(left, known)
+        pending = left
+    return known
+
+
+def _pairs(operand: Operand, tensor: Tensor) -> list[tuple[Axes, Any]]:
+    return [(axes, size) for axes, size in zip(operand.dims, tensor.shape, strict=True) if axes]
+
+
+def _solve(axes: Axes, size: Any, known: Lengths) -> bool:
+    """Takes the one unknown axis of a dimension from its size."""
+    unknown = [a for a in axes if a not in known]
+    if len(unknown) > 1:
+        return False
+    for axis in unknown:
+        rest = 1
+        for other in axes:
+            rest = rest * known.get(other, 1)
+        known[axis] = size // rest if len(axes) > 1 else size
+    return True
+
+
+def _split_known_sizes(left: list[tuple[Axes, Any]], known: Lengths) -> None:
+    """A merged dimension that nothing else tells apart: the sizes seen in the graph do, where they are numbers."""
+    for axes, _ in left:
+        for axis in axes:
+            if axis not in known and isinstance(axis.size, int):
+                known[axis] = axis.size
+                return
+    raise Reject("the lengths of merged dimensions cannot be told apart")
+
+
+def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], sizes: Lengths) -> Tensor:
+    """One operand in its canonical layout, cast and scaled."""
+    value = held[operand.node]
+    value = value if operand.dtype is None else value.to(operand.dtype)
+    needed = operand.layout is not None or name.rstrip("0123456789") in ("q", "k", "v", "padding", "sink_logits")
+    out = _to_layout(value, operand.dims, operand.layout or roles.layout(name), sizes, expand=needed)
+    for factor in operand.times:
+        other = held[factor.node]
+        scaled = other
+        if isinstance(other, Tensor):
+            scaled = _to_layout(other, factor.dims, (roles.batch, roles.heads, roles.query, ()), sizes, expand=False)
+            scaled = scaled.to(out.dtype)
+        out = out * scaled
+    if operand.factor != 1.0:
+        out = out * operand.factor
+    if operand.rsqrt:
+        out = out * _merged(operand.rsqrt, sizes) ** -0.5
+    return out.logical_not() if operand.negated else out
+
+
+def _to_layout(value: Tensor, dims: Dims, groups: Sequence[Axes], sizes: Lengths, *, expand: bool) -> Tensor:
+    """Splits, permutes and merges the dimensions of `value` into `groups`.
+
+    A group of which `value` has no axis becomes a dimension of size 1, unless `expand` asks for its full size.
+    """
+    have = [a for axes in dims for a in axes]
+    value = value if _is_one_each(dims) else value.reshape([sizes[a] for a in have])
+    wanted = [a for group in groups for a in group if a in have or expand or any(b in have for b in group)]
+    stray = set(have) - set(wanted)
+    if stray:
+        raise Reject("an operand varies along an axis that its canonical layout does not have")
+    value = value.permute([have.index(a) for a in wanted if a in have])
+    for place, axis in enumerate(wanted):
+        if axis not in have:
+            value = value.unsqueeze(place)
+    full = [sizes[a] for a in wanted]
+    value = value.expand(full) if any(a not in have for a in wanted) else value
+    merged = [[a for a in group if a in wanted] for group in groups]
+    return value if _is_one_each(merged) else value.reshape([_merged(axes, sizes) for axes in merged])
+
+
+def _is_one_each(dims: Sequence[Sequence[Axis]]) -> bool:
+    return all(len(axes) == 1 for axes in dims)
+
+
+def _merged(axes: Sequence[Axis], sizes: Lengths) -> Any:
+    total: Any = 1
+    for axis in axes:
+        total = total * sizes[axis]
+    return total
+
+
+def restore(out: Tensor, result: Result, sizes: Lengths) -> Tensor:
+    """The kernel's output (B, H, Sq, Dv) with the dimensions of the root."""
+    flat = [a for group in result.roles.output for a in group]
+    wanted = [a for axes in result.dims for a in axes]
+    if set(flat) != set(wanted):
+        raise Reject("the output has other axes than the operands give")
+    split = out.reshape([sizes[a] for a in flat])
+    return split.permute([flat.index(a) for a in wanted]).reshape([_merged(axes, sizes) for axes in result.dims])

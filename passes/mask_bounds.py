@@ -1,0 +1,89 @@
+"""Integers over positions and sizes (sympy expressions), and bounds of them that hold for every position and size."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from attnopt.passes.sizes import Size
+
+#: What a position counts: batch, head, query, key.
+Role = Literal["b", "h", "i", "j"]
+
+#: The symbol of each position; each runs from 0 to its size - 1.
+POSITIONS: Mapping[Role, sympy.Symbol] = {
+    role: sympy.Symbol(role, integer=True, nonnegative=True) for role in ("b", "h", "i", "j")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Bounds of integer expressions.
+
+    counts: position symbol -> how many values it takes, from 0 on. symbols: size symbol -> its range, as guarded by
+    whoever traced the graph; a symbol that is not there has the range that its sympy assumptions give.
+    """
+
+    counts: Mapping[sympy.Symbol, sympy.Expr]
+    symbols: Mapping[sympy.Symbol, ValueRanges[Any]] = field(default_factory=dict)
+
+    def with_position(self, symbol: sympy.Symbol, count: Size) -> "Bounds":
+        """The same, and one more position."""
+        return Bounds({**self.counts, symbol: sympy.sympify(count)}, self.symbols)
+
+    def upper(self, expr: sympy.Expr) -> float:
+        """A number, perhaps infinite, that `expr` never exceeds.
+
+        Each position is set to the end of its range that makes its term largest, before sizes are bounded: so
+        i - Sq is seen to be below 0 whatever Sq.
+        """
+        at_end = sympy.expand(expr)
+        for symbol, count in self.counts.items():
+            slope = at_end.coeff(symbol, 1)
+            if slope.is_Integer and slope != 0 and not (at_end - slope * symbol).has(symbol):
+                at_end = sympy.expand(at_end.subs(symbol, count - 1 if slope > 0 else 0))
+        return sum((self._upper_of(term) for term in sympy.Add.make_args(at_end)), start=0.0)
+
+    def lower(self, expr: sympy.Expr) -> float:
+        """A number, perhaps minus infinity, that `expr` never falls below."""
+        return -self.upper(-expr)
+
+    def always_at_most_zero(self, expr: sympy.Expr) -> bool:
+        """Whether expr <= 0 is certain."""
+        return self.upper(expr) <= 0
+
+    def _upper_of(self, term: sympy.Expr) -> float:
+        if term.is_Integer:
+            return int(term)
+        ranges = {**self.symbols, **{s: self._range(s) for s in term.free_symbols & self.counts.keys()}}
+        upper = bound_sympy(term, ranges).upper
+        return int(upper) if getattr(upper, "is_Integer", False) else math.inf
+
+    def _range(self, symbol: sympy.Symbol) -> ValueRanges[Any]:
+        last = self.upper(self.counts[symbol] - 1)
+        return ValueRanges(0, int_oo if math.isinf(last) else max(int(last), 0))
+
+
+def bounds_for(node: Node, sizes: Mapping[Role, Size]) -> Bounds:
+    """Bounds for a mask at `node`, for positions that run over the given sizes."""
+    counts = {POSITIONS[role]: sympy.sympify(size) for role, size in sizes.items()}
+    value = node.meta.get("val")
+    mode = getattr(value, "fake_mode", None) if isinstance(value, Tensor) else None
+    env = getattr(mode, "shape_env", None)
+    return Bounds(counts, dict(getattr(env, "var_to_range", {})))
+
+
+def integer_of(value: Any) -> sympy.Expr | None:
+    """A Python int, a SymInt, or a node that holds one, as an expression; None for anything else."""
+    if isinstance(value, Node):
+        value = value.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return sympy.sympify(value.node.expr)
+    return sympy.Integer(value) if isinstance(value, int) and not isinstance(value, bool) else None

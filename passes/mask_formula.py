@@ -1,0 +1,261 @@
+"""Conditions on positions, and values that depend on them: kept in a normal form by what the bounds can decide.
+
+A formula is a literal (an integer expression is at most 0; or a fact that only data tell), or all, or some, of
+other formulas. A value is a finite set of cases: leaf -> when it has that leaf; exactly one case holds anywhere.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import gcd
+
+import sympy
+from torch.fx import Node
+
+from attnopt.passes.mask_bounds import Bounds
+
+#: Where in a tensor: one expression a dimension.
+Index = tuple[sympy.Expr, ...]
+
+#: More parts or cases than any mask that people write; what has more stays data.
+MAX_PARTS = 24
+
+
+class NotUnderstood(Exception):  # noqa: N818 - never reaches anybody: the tensor stays data
+    """The calculus has no rule for this."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The element of a tensor at an index, about which nothing is known."""
+
+    node: Node
+    index: Index
+
+
+@dataclass(frozen=True)
+class Call:
+    """A number that is computed from others, left as it is: `op` names the operation."""
+
+    op: str
+    args: "tuple[Leaf, ...]"
+
+
+#: An integer expression, a number that is no integer (or infinite), or something opaque.
+Leaf = sympy.Expr | float | Data | Call
+
+
+@dataclass(frozen=True)
+class AtMostZero:
+    """expr <= 0."""
+
+    expr: sympy.Expr
+
+    @cached_property
+    def key(self) -> str:
+        return f"{self.expr} <= 0"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """The element of a boolean tensor, or its negation."""
+
+    data: Data
+    holds: bool = True
+
+    @cached_property
+    def key(self) -> str:
+        return f"{'' if self.holds else '~'}{self.data.node.name}{self.data.index}"
+
+
+@dataclass(frozen=True)
+class All:
+    """Every part holds."""
+
+    parts: "frozenset[Formula]"
+
+    @cached_property
+    def key(self) -> str:
+        return f"all({', '.join(sorted(part.key for part in self.parts))})"
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some part holds."""
+
+    parts: "frozenset[Formula]"
+
+    @cached_property
+    def key(self) -> str:
+        return f"some({', '.join(sorted(part.key for part in self.parts))})"
+
+
+Literal = AtMostZero | Fact
+Formula = Literal | All | Some
+Cases = Mapping[Leaf, Formula]
+
+TRUE = All(frozenset())
+FALSE = Some(frozenset())
+
+
+def always(leaf: Leaf) -> Cases:
+    """The value that is `leaf` everywhere."""
+    return {leaf: TRUE}
+
+
+def parts_of(formula: Formula) -> frozenset[Formula]:
+    """The conjuncts of a formula."""
+    return formula.parts if isinstance(formula, All) else frozenset({formula})
+
+
+def negate(formula: Formula) -> Formula:
+    """The formula that holds exactly where this one does not."""
+    match formula:
+        case AtMostZero(expr):
+            return AtMostZero(1 - expr)
+        case Fact(data, holds):
+            return Fact(data, holds=not holds)
+        case All(parts):
+            return Some(frozenset(map(negate, parts)))
+    return All(frozenset(map(negate, formula.parts)))
+
+
+@dataclass(frozen=True)
+class Logic:
+    """Builds formulas and cases in normal form; `bounds` decide what holds at every position."""
+
+    bounds: Bounds
+
+    def at_most_zero(self, expr: sympy.Expr) -> Formula:
+        """expr <= 0; |e|, max and min in it become conditions on what is inside them."""
+        expr = sympy.expand(expr)
+        inner = next((t for t in sympy.Add.make_args(expr) if t.has(sympy.Abs, sympy.Max, sympy.Min)), None)
+        if inner is not None:
+            return self._by_alternatives(inner, expr - inner)
+        if self.bounds.upper(expr) <= 0:
+            return TRUE
+        if self.bounds.lower(expr) > 0:
+            return FALSE
+        return AtMostZero(_reduced(expr))
+
+    def _by_alternatives(self, term: sympy.Expr, rest: sympy.Expr) -> Formula:
+        """factor * max(a, b, ...) + rest <= 0: for all of them if the factor is positive, else for some."""
+        factor, inner = term.as_coeff_Mul()
+        if isinstance(inner, sympy.Abs):
+            choices, largest = (inner.args[0], -inner.args[0]), True
+        elif isinstance(inner, sympy.Max | sympy.Min):
+            choices, largest = inner.args, isinstance(inner, sympy.Max)
+        else:
+            raise NotUnderstood
+        conditions = [self.at_most_zero(factor * choice + rest) for choice in choices]
+        return self.conj(conditions) if largest == (factor > 0) else self.disj(conditions)
+
+    def equal(self, a: sympy.Expr, b: sympy.Expr) -> Formula:
+        """a == b."""
+        return self.conj([self.at_most_zero(a - b), self.at_most_zero(b - a)])
+
+    def implies(self, p: Formula, q: Formula) -> bool:
+        """Whether literal q certainly holds where literal p does."""
+        if p == q:
+            return True
+        if isinstance(p, AtMostZero) and isinstance(q, AtMostZero):
+            return self.bounds.always_at_most_zero(q.expr - p.expr)
+        return False
+
+    def conj(self, formulas: Iterable[Formula]) -> Formula:
+        """All of `formulas`, without parts that follow from others; FALSE where two contradict each other."""
+        parts = sorted({p for formula in formulas for p in parts_of(formula)}, key=lambda part: part.key)
+        if len(parts) > MAX_PARTS:
+            raise NotUnderstood
+        if FALSE in parts:
+            return FALSE
+        known = self._strongest([p for p in parts if isinstance(p, AtMostZero | Fact)])
+        if any(self.implies(p, negate(q)) for p, q in product(known, known)):
+            return FALSE
+        compound = [p for p in parts if isinstance(p, Some)]
+        simpler = [self.given(known, p) for p in compound]
+        if simpler != compound:
+            return self.conj([*known, *simpler])
+        kept = [p for p in compound if not any(q.parts < p.parts for q in compound)]
+        return _all([*known, *kept])
+
+    def disj(self, formulas: Iterable[Formula]) -> Formula:
+        """Some of `formulas`, simplified; what all alternatives share is taken out."""
+        found = negate(self.conj(negate(formula) for formula in formulas))
+        if not isinstance(found, Some) or len(found.parts) < 2:
+            return found
+        shared = frozenset.intersection(*(parts_of(part) for part in found.parts))
+        if not shared:
+            return found
+        return self.conj([*shared, self.disj(_all(parts_of(part) - shared) for part in found.parts)])
+
+    def _strongest(self, literals: list[Formula]) -> list[Formula]:
+        kept: list[Formula] = []
+        for p in literals:
+            if not any(self.implies(q, p) for q in kept):
+                kept = [*(q for q in kept if not self.implies(p, q)), p]
+        return kept
+
+    def given(self, known: Iterable[Formula], formula: Formula) -> Formula:
+        """`formula` where the `known` literals hold."""
+        known = list(known)
+        match formula:
+            case All(parts):
+                return self.conj(self.given(known, p) for p in parts)
+            case Some(parts):
+                return self.disj(self.given(known, p) for p in parts)
+        if any(self.implies(k, formula) for k in known):
+            return TRUE
+        return FALSE if any(self.implies(k, negate(formula)) for k in known) else formula
+
+    def cases(self, pairs: Iterable[tuple[Leaf, Formula]]) -> Cases:
+        """Cases from (leaf, condition) pairs that are exclusive and leave nothing out."""
+        conditions: dict[Leaf, list[Formula]] = {}
+        for leaf, condition in pairs:
+            if condition != FALSE:
+                conditions.setdefault(leaf, []).append(condition)
+        if len(conditions) > MAX_PARTS:
+            raise NotUnderstood
+        if len(conditions) == 1:
+            return always(*conditions)
+        return {leaf: self.disj(found) if len(found) > 1 else found[0] for leaf, found in conditions.items()}
+
+    def select(self, condition: Formula, then: Cases, other: Cases) -> Cases:
+        """`then` where the condition holds, else `other`."""
+        where, elsewhere = condition, negate(condition)
+        chosen = [(leaf, self.conj([where, c])) for leaf, c in then.items()]
+        return self.cases([*chosen, *((leaf, self.conj([elsewhere, c])) for leaf, c in other.items())])
+
+    def either(self, condition: Formula, then: Formula, other: Formula) -> Formula:
+        """`then` where the condition holds, else `other`."""
+        return self.disj([self.conj([condition, then]), self.conj([negate(condition), other])])
+
+    def lift(self, operation: Callable[..., Leaf], *operands: Cases) -> Cases:
+        """An operation on leaves, applied case by case."""
+        return self.cases((operation(*leaves), when) for leaves, when in self._together(operands))
+
+    def test(self, predicate: Callable[..., Formula], *operands: Cases) -> Formula:
+        """A condition on leaves, asked case by case."""
+        return self.disj(self.conj([when, predicate(*leaves)]) for leaves, when in self._together(operands))
+
+    def _together(self, operands: tuple[Cases, ...]) -> Iterable[tuple[tuple[Leaf, ...], Formula]]:
+        for combination in product(*(cases.items() for cases in operands)):
+            when = self.conj(condition for _, condition in combination)
+            if when != FALSE:
+                yield tuple(leaf for leaf, _ in combination), when
+
+
+def _all(parts: Iterable[Formula]) -> Formula:
+    distinct = frozenset(parts)
+    return next(iter(distinct)) if len(distinct) == 1 else All(distinct)
+
+
+def _reduced(expr: sympy.Expr) -> sympy.Expr:
+    """Without common factors: 2j - 2i - 1 <= 0 is, for integers, j - i <= 0."""
+    constant, terms = expr.as_coeff_Add()
+    factors = [int(term.as_coeff_Mul()[0]) for term in sympy.Add.make_args(terms) if term.as_coeff_Mul()[0].is_Integer]
+    common = gcd(*factors) if len(factors) == len(sympy.Add.make_args(terms)) else 1
+    if common in (0, 1):
+        return expr
+    return sympy.expand(terms / common) - sympy.floor(sympy.Rational(-constant, common))

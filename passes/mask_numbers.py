@@ -1,0 +1,190 @@
+"""Arithmetic on the leaves of mask values: exact on integers, in double on constants, else left as a `Call`."""
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv, PythonMod
+
+from attnopt.passes.mask_bounds import Bounds, integer_of
+from attnopt.passes.mask_formula import FALSE, TRUE, Call, Data, Formula, Leaf, Logic, NotUnderstood, negate
+
+#: Integers up to here are exact in a dtype. Where sizes are symbolic, positions are taken to stay below 2^24.
+EXACT_BELOW = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
+#: Dtypes wide enough for positions whose bound is not known.
+WIDE = frozenset({torch.int64, torch.int32, torch.float64, torch.float32})
+
+
+def as_leaf(given: Any) -> Leaf:
+    """A Python number, a SymInt, or a node that holds one."""
+    if isinstance(given, bool):
+        return sympy.Integer(int(given))
+    if isinstance(given, float):
+        return from_float(given)
+    found = integer_of(given)
+    if found is None:
+        raise NotUnderstood
+    return found
+
+
+def from_float(value: float) -> Leaf:
+    """Whole numbers as integers, so that 1.0 and 1 are one leaf."""
+    return sympy.Integer(int(value)) if value.is_integer() else value
+
+
+def is_constant(leaf: Leaf) -> bool:
+    """Whether the leaf is one known number."""
+    return isinstance(leaf, float | sympy.Integer)
+
+
+def convert(leaf: Leaf, dtype: torch.dtype, bounds: Bounds) -> Leaf:
+    """`leaf` in a tensor of `dtype`: constants overflow as they do there; NotUnderstood where the value may change.
+
+    Finite constants are not rounded (see `is_exact`), nor is opaque data that goes from one float to another.
+    """
+    if dtype not in EXACT_BELOW:
+        return _as_integer(leaf, dtype, bounds)
+    if is_constant(leaf):
+        rounded = round_to(_double(leaf), dtype)
+        return rounded if math.isinf(rounded) else leaf
+    if isinstance(leaf, sympy.Expr):
+        _require_range(leaf, bounds, -EXACT_BELOW[dtype], EXACT_BELOW[dtype], unknown=dtype in WIDE)
+    return leaf
+
+
+def _as_integer(leaf: Leaf, dtype: torch.dtype, bounds: Bounds) -> Leaf:
+    if dtype.is_floating_point or dtype.is_complex:
+        raise NotUnderstood
+    if isinstance(leaf, Data) and leaf.node.meta["val"].dtype == dtype:
+        return leaf
+    if not isinstance(leaf, sympy.Expr):
+        raise NotUnderstood
+    _require_range(leaf, bounds, torch.iinfo(dtype).min, torch.iinfo(dtype).max, unknown=dtype in WIDE)
+    return leaf
+
+
+def _require_range(expr: sympy.Expr, bounds: Bounds, least: int, most: int, *, unknown: bool) -> None:
+    for bound, limit in ((bounds.upper(expr), most), (bounds.upper(-expr), -least)):
+        if bound > limit and not (unknown and math.isinf(bound)):
+            raise NotUnderstood
+
+
+def round_to(value: float, dtype: torch.dtype) -> float:
+    """A Python number as a tensor of a floating dtype holds it."""
+    if dtype == torch.float64 or not math.isfinite(value):
+        return value
+    try:
+        if dtype == torch.float16:
+            return float(struct.unpack("<e", struct.pack("<e", value))[0])
+        bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    if dtype == torch.bfloat16:
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def is_exact(leaf: Leaf, dtype: torch.dtype) -> bool:
+    """Whether a constant survives in `dtype` unrounded; positions and whole dtypes always do."""
+    if not is_constant(leaf) or dtype not in EXACT_BELOW:
+        return True
+    value = _double(leaf)
+    return math.isnan(value) or round_to(value, dtype) == leaf
+
+
+def _double(leaf: Leaf) -> float:
+    try:
+        return float(leaf)  # type: ignore[arg-type]
+    except OverflowError as error:
+        raise NotUnderstood from error
+
+
+def compute(operation: str, *leaves: Leaf) -> Leaf:
+    """The result of an operation; a Call where it is neither an integer nor a constant."""
+    if operation in ON_INTEGERS and all(isinstance(leaf, sympy.Expr) for leaf in leaves):
+        exact = ON_INTEGERS[operation](*leaves)
+        if exact is not None:
+            return sympy.expand(exact)
+    if any(isinstance(leaf, float) and math.isnan(leaf) for leaf in leaves):
+        raise NotUnderstood
+    if operation in ON_CONSTANTS and all(is_constant(leaf) for leaf in leaves):
+        try:
+            return from_float(float(ON_CONSTANTS[operation](*map(_double, leaves))))
+        except (ArithmeticError, ValueError, TypeError) as error:
+            raise NotUnderstood from error
+    return Call(operation, leaves)
+
+
+def _floor_divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    if not (b.is_Integer and b > 0):
+        raise NotUnderstood
+    return FloorDiv(a, b)
+
+
+def _remainder(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    if not (b.is_Integer and b > 0):
+        raise NotUnderstood
+    return PythonMod(a, b)
+
+
+ON_INTEGERS: Mapping[str, Callable[..., sympy.Expr | None]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "neg": lambda a: -a,
+    "abs": sympy.Abs,
+    "maximum": sympy.Max,
+    "minimum": sympy.Min,
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    "pow": lambda a, b: a**b if b.is_Integer and 0 <= b <= 2 else None,
+}
+ON_CONSTANTS: Mapping[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "maximum": max,
+    "minimum": min,
+    "pow": lambda a, b: a**b,
+    "exp": math.exp,
+    "log": math.log,
+    "sqrt": math.sqrt,
+}
+
+
+def at_most(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+    """a <= b."""
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        return logic.at_most_zero(a - b)
+    if is_constant(a) and is_constant(b):
+        return TRUE if _double(a) <= _double(b) else FALSE
+    if isinstance(a, float) and isinstance(b, sympy.Expr):
+        return _within(logic, -b, -a)
+    if isinstance(a, sympy.Expr) and isinstance(b, float):
+        return _within(logic, a, b)
+    raise NotUnderstood
+
+
+def _within(logic: Logic, expr: sympy.Expr, limit: float) -> Formula:
+    """expr <= limit, for a limit that is no whole number."""
+    if not math.isfinite(limit):
+        return TRUE if limit > 0 else FALSE
+    return logic.at_most_zero(expr - math.floor(limit))
+
+
+def below(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+    """a < b."""
+    if any(isinstance(leaf, float) and math.isnan(leaf) for leaf in (a, b)):
+        return FALSE
+    return negate(at_most(logic, b, a))
+
+
+def equal(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+    """a == b."""
+    return logic.conj([at_most(logic, a, b), at_most(logic, b, a)])

@@ -1,0 +1,294 @@
+"""Rules for operations that make numbers and conditions: positions, constants, triangles, comparisons, logic."""
+
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attnopt.passes.mask_bounds import Role, bounds_for
+from attnopt.passes.mask_formula import Cases, Formula, Leaf, Logic, NotUnderstood, always, negate
+from attnopt.passes.mask_numbers import at_most, below, compute, convert, equal, from_float, is_exact
+from attnopt.passes.mask_reader import At, MaskReader, Rule, Value, as_numbers
+from attnopt.passes.mask_views import VIEWS, choose, piecewise
+from attnopt.passes.sizes import Size, is_one, shape_of
+
+#: A literal tensor with more elements than this is data.
+MAX_LITERAL = 1 << 16
+
+
+def reader_for(node: Node, sizes: Mapping[Role, Size]) -> MaskReader:
+    """A reader for masks at `node`, whose positions run over `sizes`."""
+    return MaskReader(Logic(bounds_for(node, sizes)), RULES)
+
+
+def _arange(at: At) -> Value:
+    start, step = at.numbers(at.args.get("start", 0)), at.numbers(at.args.get("step", 1))
+    run = at.logic.lift(partial(compute, "mul"), step, always(at.index[0]))
+    return at.logic.lift(partial(compute, "add"), start, run)
+
+
+def _constant(value: float) -> Rule:
+    return lambda _: always(from_float(value))
+
+
+def _argument(name: str) -> Rule:
+    """The result holds an argument, broadcast."""
+    return lambda at: at.value(at.args[name])
+
+
+def _eye(at: At) -> Value:
+    return at.logic.equal(at.index[0], at.index[1])
+
+
+def _triangle(at: At, *, lower: bool) -> Value:
+    """tril keeps the elements whose column is at most row + diagonal, triu those whose column is at least that."""
+    row, column = at.index[-2:]
+    beyond = column - row - at.integer(at.args["diagonal"])
+    keep = at.logic.at_most_zero(beyond if lower else -beyond)
+    return choose(at, keep, at.value(at.args["self"]), at.numbers(0))
+
+
+def _comparison(test: Callable[[Logic, Leaf, Leaf], Formula]) -> Rule:
+    def rule(at: At) -> Value:
+        left, right = at.args["self"], at.args["other"]
+        dtype = torch.result_type(_sample(left), _sample(right))
+        operands = [_comparable(at, value, dtype) for value in (left, right)]
+        return at.logic.test(partial(test, at.logic), *operands)
+
+    return rule
+
+
+def _sample(given: Any) -> Any:
+    """What decides the dtype in which torch compares."""
+    value = given.meta["val"] if isinstance(given, Node) else given
+    if isinstance(value, torch.SymInt):
+        return 0
+    if not isinstance(value, Tensor | int | float):
+        raise NotUnderstood
+    return value
+
+
+def _comparable(at: At, given: Any, dtype: torch.dtype) -> Cases:
+    """An operand of a comparison, none of whose constants is rounded: rounded ones are equal by accident."""
+    own = given.meta["val"].dtype if isinstance(_sample(given), Tensor) else dtype
+    cases = at.numbers(given)
+    if not all(is_exact(leaf, d) for leaf in cases for d in (own, dtype)):
+        raise NotUnderstood
+    if dtype == torch.bool:
+        return cases
+    return at.logic.lift(lambda leaf: convert(leaf, dtype, at.logic.bounds), cases)
+
+
+def _logical(combine: Callable[[Logic, Formula, Formula], Formula], *, bitwise: bool = False) -> Rule:
+    def rule(at: At) -> Value:
+        if bitwise and at.node.meta["val"].dtype != torch.bool:
+            raise NotUnderstood
+        return combine(at.logic, at.condition(at.args["self"]), at.condition(at.args["other"]))
+
+    return rule
+
+
+def _not(at: At) -> Value:
+    if at.node.meta["val"].dtype != torch.bool:
+        raise NotUnderstood
+    return negate(at.condition(at.args["self"]))
+
+
+def _where(at: At) -> Value:
+    if "self" not in at.args:  # where(condition): the places, not a choice
+        raise NotUnderstood
+    return choose(at, at.condition(at.args["condition"]), at.value(at.args["self"]), at.value(at.args["other"]))
+
+
+def _masked_fill(at: At) -> Value:
+    return choose(at, at.condition(at.args["mask"]), at.value(at.args["value"]), at.value(at.args["self"]))
+
+
+def _arithmetic(name: str, *operands: str) -> Rule:
+    """An operation on numbers; `alpha` multiplies the second operand of a sum or difference."""
+
+    def rule(at: At) -> Value:
+        dtype = at.node.meta["val"].dtype
+        values = [_operand(at, operand, dtype) for operand in operands]
+        alpha = at.args.get("alpha", 1)
+        if alpha != 1 and name == "sub" and operands[0] == "other":
+            raise NotUnderstood
+        if alpha != 1:
+            scaled = operands.index("other")
+            values[scaled] = at.logic.lift(partial(compute, "mul"), values[scaled], at.numbers(alpha))
+        return at.logic.lift(partial(compute, name), *values)
+
+    return rule
+
+
+def _operand(at: At, name: str, dtype: torch.dtype) -> Cases:
+    cases = at.numbers(at.args[name])
+    return cases if dtype == torch.bool else at.logic.lift(lambda x: convert(x, dtype, at.logic.bounds), cases)
+
+
+def _divide(at: At) -> Value:
+    match at.args.get("rounding_mode"):
+        case None:
+            return _arithmetic("div", "self", "other")(at)
+        case "floor":
+            return _arithmetic("floor_divide", "self", "other")(at)
+    raise NotUnderstood
+
+
+def _clamp(at: At) -> Value:
+    cases = at.numbers(at.args["self"])
+    for name, operation in (("min", "maximum"), ("max", "minimum")):
+        if at.args.get(name) is not None:
+            cases = at.logic.lift(partial(compute, operation), cases, at.numbers(at.args[name]))
+    return cases
+
+
+def _cumsum(at: At) -> Value:
+    """Of what is the same number all along the dimension: as many times that number as there are elements so far."""
+    source = at.args["self"]
+    if not at.index:
+        raise NotUnderstood
+    dim = at.args["dim"] % len(at.index)
+    along = sympy.Symbol(f"{at.node.name}.position", integer=True, nonnegative=True)
+    index = (*at.index[:dim], along, *at.index[dim + 1 :])
+    reader = at.reader.with_position(along, shape_of(source)[dim])
+    cases = as_numbers(reader.logic, reader.element_at(source, index, at.node))
+    (leaf, *others) = cases
+    if others or not isinstance(leaf, sympy.Expr) or leaf.has(along):
+        raise NotUnderstood
+    return always(compute("mul", leaf, at.index[dim] + 1))
+
+
+def _diff(at: At) -> Value:
+    """Differences of neighbours, of the tensor between what is prepended and appended."""
+    if at.args["n"] != 1 or at.node.meta["val"].dtype == torch.bool:
+        raise NotUnderstood
+    dim = at.args["dim"] % len(at.index)
+    pieces = [at.args[name] for name in ("prepend", "self", "append") if at.args[name] is not None]
+    after = (*at.index[:dim], at.index[dim] + 1, *at.index[dim + 1 :])
+    numbers = [as_numbers(at.logic, piecewise(at, pieces, dim, index)) for index in (after, at.index)]
+    return at.logic.lift(partial(compute, "sub"), *numbers)
+
+
+def _copy_of_literal(at: At) -> Value:
+    """A tensor written out in the program: one number, evenly spaced numbers, or a triangle."""
+    source = at.args["self"]
+    if source.op != "get_attr":
+        return at.value(source)
+    held = operator.attrgetter(source.target)(source.graph.owning_module)
+    if type(held) is not Tensor or not 0 < held.numel() <= MAX_LITERAL or held.dtype.is_complex:
+        raise NotUnderstood
+    numbers = [from_float(float(x)) for x in held.flatten().tolist()]
+    if len(set(numbers)) == 1:
+        return always(numbers[0])
+    kept = [(e, int(size)) for e, size in zip(at.index, shape_of(source), strict=True) if not is_one(size)]
+    if len(kept) == 1:
+        return _evenly_spaced(numbers, kept[0][0])
+    if len(kept) == 2:
+        return _stepped(at, numbers, kept)
+    raise NotUnderstood
+
+
+def _evenly_spaced(numbers: list[Leaf], at: sympy.Expr) -> Value:
+    first, step = numbers[0], compute("sub", numbers[1], numbers[0])
+    if not isinstance(first, sympy.Expr) or not isinstance(step, sympy.Expr):
+        raise NotUnderstood
+    if any(number != first + n * step for n, number in enumerate(numbers)):
+        raise NotUnderstood
+    return always(first + step * at)
+
+
+def _stepped(at: At, numbers: list[Leaf], kept: list[tuple[sympy.Expr, int]]) -> Value:
+    """One number up to a diagonal, another one beyond it."""
+    (row, rows), (column, columns) = kept
+    low, high = numbers[(rows - 1) * columns], numbers[columns - 1]
+    if low == high:
+        raise NotUnderstood
+    diagonal = sum(number == low for number in numbers[:columns]) - 1
+    if diagonal < 0:
+        diagonal = -next(r for r in range(rows) if numbers[r * columns] == low)
+    expected = [low if c <= r + diagonal else high for r in range(rows) for c in range(columns)]
+    if numbers != expected:
+        raise NotUnderstood
+    inside = at.logic.at_most_zero(column - row - diagonal)
+    return at.logic.select(inside, always(low), always(high))
+
+
+def _and(logic: Logic, a: Formula, b: Formula) -> Formula:
+    return logic.conj([a, b])
+
+
+def _or(logic: Logic, a: Formula, b: Formula) -> Formula:
+    return logic.disj([a, b])
+
+
+def _xor(logic: Logic, a: Formula, b: Formula) -> Formula:
+    return logic.either(a, negate(b), b)
+
+
+def _swapped(test: Callable[[Logic, Leaf, Leaf], Formula]) -> Callable[[Logic, Leaf, Leaf], Formula]:
+    return lambda logic, a, b: test(logic, b, a)
+
+
+def _different(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+    return negate(equal(logic, a, b))
+
+
+COMPARISONS: Mapping[str, Rule] = MappingProxyType(
+    {
+        **{name: _comparison(equal) for name in ("eq",)},
+        **{name: _comparison(_different) for name in ("ne", "not_equal")},
+        **{name: _comparison(at_most) for name in ("le", "less_equal")},
+        **{name: _comparison(below) for name in ("lt", "less")},
+        **{name: _comparison(_swapped(at_most)) for name in ("ge", "greater_equal")},
+        **{name: _comparison(_swapped(below)) for name in ("gt", "greater")},
+    }
+)
+
+RULES: Mapping[object, Rule] = MappingProxyType(
+    {
+        **VIEWS,
+        **COMPARISONS,
+        "arange": _arange,
+        **{name: _constant(0.0) for name in ("zeros", "zeros_like", "new_zeros", "zero")},
+        **{name: _constant(1.0) for name in ("ones", "ones_like", "new_ones")},
+        **{name: _argument("fill_value") for name in ("full", "full_like", "new_full")},
+        "fill": _argument("value"),
+        "scalar_tensor": _argument("s"),
+        "copy": _argument("src"),
+        "eye": _eye,
+        "tril": partial(_triangle, lower=True),
+        "triu": partial(_triangle, lower=False),
+        **{name: _logical(_and, bitwise=True) for name in ("bitwise_and", "__and__")},
+        **{name: _logical(_or, bitwise=True) for name in ("bitwise_or", "__or__")},
+        **{name: _logical(_xor, bitwise=True) for name in ("bitwise_xor", "__xor__")},
+        "logical_and": _logical(_and),
+        "logical_or": _logical(_or),
+        "logical_xor": _logical(_xor),
+        **{name: _not for name in ("logical_not", "bitwise_not")},
+        "where": _where,
+        "masked_fill": _masked_fill,
+        **{name: _arithmetic(name, "self", "other") for name in ("add", "sub", "mul", "maximum", "minimum")},
+        **{name: _arithmetic(name, "self", "other") for name in ("floor_divide", "remainder")},
+        **{name: _arithmetic("sub", "other", "self") for name in ("rsub",)},
+        **{name: _arithmetic("sub", "self", "other") for name in ("subtract",)},
+        **{name: _arithmetic("mul", "self", "other") for name in ("multiply",)},
+        **{name: _divide for name in ("div", "divide", "true_divide")},
+        **{name: _arithmetic(name, "self") for name in ("neg", "abs", "exp", "log", "sqrt")},
+        "negative": _arithmetic("neg", "self"),
+        "absolute": _arithmetic("abs", "self"),
+        "pow": _arithmetic("pow", "self", "exponent"),
+        "clamp": _clamp,
+        "clamp_min": _clamp,
+        "clamp_max": _clamp,
+        "cumsum": _cumsum,
+        "diff": _diff,
+        "lift_fresh_copy": _copy_of_literal,
+    }
+)

@@ -1,0 +1,163 @@
+"""In-place writes: which of them reach a tensor, and which part of it they cover."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from attnopt.passes.mask_bounds import integer_of
+from attnopt.passes.sizes import shape_of
+
+#: Operations that end in an underscore or are marked as writing, yet change no element.
+HARMLESS = frozenset({"aten::detach_", "aten::requires_grad_"})
+
+#: Operations whose in-place form changes the dimensions and no element.
+RESHAPED_IN_PLACE = frozenset(
+    {"squeeze", "unsqueeze", "transpose", "t", "swapaxes", "swapdims", "resize", "set", "as_strided"}
+)
+
+
+def operation(node: Node) -> str:
+    """The name of an ATen operation, without namespace and overload; in-place forms have the name of the plain one."""
+    if not isinstance(node.target, OpOverload) or "out" in node.target._overloadname.split("_"):  # noqa: SLF001
+        return ""
+    name = node.target._schema.name.removeprefix("aten::")  # noqa: SLF001
+    if name.startswith("__"):
+        return IN_PLACE_OPERATORS.get(name, name)
+    return name.removesuffix("_")
+
+
+#: The methods behind `&=` and its like.
+IN_PLACE_OPERATORS = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "xor")}
+
+
+def arguments(node: Node) -> Mapping[str, Any]:
+    """The arguments of a call by their names in the schema, defaults included."""
+    assert isinstance(node.target, OpOverload)
+    schema = node.target._schema.arguments  # noqa: SLF001
+    given = {a.name: value for a, value in zip(schema, node.args, strict=False)}
+    return {**{a.name: a.default_value for a in schema if a.has_default_value()}, **given, **node.kwargs}
+
+
+def written_by(node: Node) -> Node | None:
+    """The tensor that a node writes to; None for most nodes."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:  # noqa: SLF001
+        return None
+    schema = node.target._schema  # noqa: SLF001
+    if schema.name in HARMLESS:
+        return None
+    held = arguments(node)
+    writes = (held.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return next((w for w in writes if isinstance(w, Node)), None)
+
+
+def writes_after(node: Node, end: Node | None) -> list[Node]:
+    """Writes to the memory of `node` after it was made and before `end` reads it, in order; None: until the end."""
+    found = {user for alias in _aliases(node) for user in alias.users if written_by(user) is alias}
+    return sorted(w for w in found if node < w and (end is None or w < end))
+
+
+def _aliases(node: Node) -> set[Node]:
+    seen, pending = {node}, [node]
+    while pending:
+        near = {other for other in _neighbours(pending.pop()) if other not in seen}
+        seen |= near
+        pending.extend(near)
+    return seen
+
+
+def _neighbours(node: Node) -> Iterator[Node]:
+    yield from (user for user in node.users if _shares(user, node))
+    yield from (source for source in node.all_input_nodes if _shares(node, source))
+
+
+def _shares(result: Node, source: Node) -> bool:
+    """Whether `result` may be the memory of its argument `source`: by the schema, or by the storage of the values."""
+    if not isinstance(result.target, OpOverload):
+        return result.op == "call_function" and not _is_apart(result, source)
+    if not _is_apart(result, source):
+        return True
+    held = arguments(result)
+    marked = (held.get(a.name) for a in result.target._schema.arguments if a.alias_info is not None)  # noqa: SLF001
+    return any(value is source or (isinstance(value, list | tuple) and source in value) for value in marked)
+
+
+def _is_apart(a: Node, b: Node) -> bool:
+    return _storages(a).isdisjoint(_storages(b))
+
+
+def _storages(node: Node) -> set[int]:
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, list | tuple) else [value]
+    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}  # noqa: SLF001
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Along one dimension: the elements start, start + 1, ... of `length`, or the single one at `start`."""
+
+    start: sympy.Expr
+    length: sympy.Expr
+    is_single: bool = False
+
+
+def covered(write: Node, base: Node) -> tuple[Place, ...] | None:
+    """The part of `base` that `write` writes, one place a dimension; None where it is no plain block of `base`."""
+    steps: list[Node] = []
+    node: Node | None = written_by(write)
+    while node is not None and node is not base:
+        steps.append(node)
+        node = _source_of_block(node)
+    if node is None:
+        return None
+    places = [Place(sympy.Integer(0), sympy.sympify(size)) for size in shape_of(base)]
+    for step in reversed(steps):
+        if not _narrow(places, step):
+            return None
+    return tuple(places)
+
+
+def _source_of_block(node: Node) -> Node | None:
+    if written_by(node) is not None:
+        return None if operation(node) in RESHAPED_IN_PLACE else written_by(node)
+    if operation(node) not in ("slice", "select", "alias", "detach"):
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def _narrow(places: list[Place], step: Node) -> bool:
+    """Restricts the places to what a slice or a select keeps; False if that cannot be told."""
+    if operation(step) not in ("slice", "select"):
+        return True
+    held = arguments(step)
+    kept = [k for k, place in enumerate(places) if not place.is_single]
+    dim = held["dim"] if held["dim"] >= 0 else held["dim"] + len(kept)
+    at, source = kept[dim], held["self"]
+    if operation(step) == "select":
+        index = start_of(held["index"], sympy.sympify(shape_of(source)[dim]))
+        if index is not None:
+            places[at] = Place(places[at].start + index, sympy.Integer(1), is_single=True)
+        return index is not None
+    start = start_of(held["start"], sympy.sympify(shape_of(source)[dim]))
+    if start is None or held["step"] != 1:
+        return False
+    places[at] = Place(places[at].start + start, sympy.sympify(shape_of(step)[dim]))
+    return True
+
+
+def start_of(value: Any, size: sympy.Expr) -> sympy.Expr | None:
+    """Where a slice or select starts, counted from the front; None if the sign or the size leave that open."""
+    if value is None:
+        return sympy.Integer(0)
+    start = integer_of(value)
+    if start is None:
+        return None
+    if start.is_nonnegative:
+        return start
+    from_front = sympy.expand(start + size)
+    return from_front if start.is_negative and from_front.is_nonnegative else None

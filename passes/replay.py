@@ -1,0 +1,125 @@
+"""Runs the part of a shadow between a site's operands and its root, in fp64, at the graph's sizes or at smaller ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from attnopt.passes import emit
+from attnopt.passes.sizes import Concrete
+from attnopt.rule import Site
+from attnopt.shadow import Shadow
+
+aten = torch.ops.aten
+
+#: Operations whose integer arguments are sizes or positions along a dimension.
+_SHAPED = frozenset(
+    str(packet)
+    for packet in (
+        aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.broadcast_to, aten.arange, aten.full, aten.zeros,
+        aten.ones, aten.new_ones, aten.new_zeros, aten.new_full, aten.empty, aten.unflatten, aten.narrow, aten.slice,
+        aten.split, aten.split_with_sizes, aten._reshape_alias, aten.linspace, aten.repeat, aten.new_empty,
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """nodes: what has to run, in order; leaves: where it starts; root: where it ends."""
+
+    nodes: tuple[Node, ...]
+    leaves: tuple[Node, ...]
+    root: Node
+
+    @classmethod
+    def of(cls, shadow: Shadow, site: Site) -> "Replay":
+        """The slice of one site."""
+        leaves = tuple(emit.leaves(site))
+        needed: set[Node] = set()
+        pending = [site.root]
+        while pending:
+            node = pending.pop()
+            if node not in needed and node not in leaves:
+                needed.add(node)
+                pending.extend(node.all_input_nodes)
+        return cls(tuple(sorted(needed, key=lambda n: shadow.order[n])), leaves, site.root)
+
+    def run(self, values: Mapping[Node, Any], sizes: Concrete) -> Tensor:
+        """The root's value. values: of the leaves; sizes: numbers for the graph's sizes."""
+        known: dict[Node, Any] = dict(values)
+        free = torch.Generator().manual_seed(1)
+        for node in self.nodes:
+            known[node] = _wide(_run(node, known, sizes, free))
+        result: Tensor = known[self.root]
+        return result
+
+
+def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Generator) -> Any:
+    if node.op == "placeholder":
+        return _input(node, sizes, free)
+    if node.op == "get_attr":
+        held = getattr(node.graph.owning_module, str(node.target))
+        return held.detach().cpu() if isinstance(held, Tensor) else held
+    shaped = _packet(node) in _SHAPED
+    kept = sizes if shaped else Concrete()
+    args, kwargs = pytree.tree_map(lambda x: _argument(x, known, kept), (node.args, node.kwargs))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _packet(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target))
+
+
+def _argument(value: Any, known: Mapping[Node, Any], sizes: Concrete) -> Any:
+    match value:
+        case Node():
+            return known[value]
+        case bool():
+            return value
+        case int():
+            return sizes.of(value)
+        case torch.device():
+            return torch.device("cpu")
+        case torch.dtype():
+            return torch.float64 if value.is_floating_point else value
+    return value
+
+
+def _wide(value: Any) -> Any:
+    """Floating tensors in fp64; a number held in a 0-d tensor stays as rounded as the graph holds it."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else value
+
+
+def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
+    """An input that no operand stands for, such as a length, or data under a mask that was proven to ignore it."""
+    value = node.meta["val"]
+    if isinstance(value, torch.SymInt):
+        return sizes.of(value)
+    if not isinstance(value, Tensor):
+        return value
+    shape = [sizes.of(s) for s in value.shape]
+    if value.is_floating_point():
+        return torch.randn(shape, generator=free, dtype=torch.float64)
+    return torch.randint(0, 2, shape, generator=free).to(value.dtype)
+
+
+def normal_form(replay: Replay, site: Site) -> str:
+    """The slice, its operands and the spec as text; equal for equal sites, whatever their place in the graph."""
+    number = {node: n for n, node in enumerate((*replay.leaves, *replay.nodes))}
+    lines = [f"{number[n]}: {n.target if n.op == 'call_function' else n.op} {_shown(n, number)}" for n in replay.nodes]
+    held = [f"{number[n]}: {_meta(n)}" for n in replay.leaves]
+    return "\n".join([str(site.spec), *held, *lines])
+
+
+def _shown(node: Node, number: Mapping[Node, int]) -> str:
+    shown = pytree.tree_map(lambda x: f"%{number[x]}" if isinstance(x, Node) else x, (node.args, dict(node.kwargs)))
+    return f"{shown} {_meta(node)}"
+
+
+def _meta(node: Node) -> str:
+    value = node.meta.get("val")
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)

@@ -1,0 +1,244 @@
+"""Reads what lies between Q K^T and the softmax: scales, masks, biases, a cap, casts and views, in any order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attnopt.passes.constants import constant
+from attnopt.passes.contraction import Contraction, contraction, label_up
+from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, input_node, step_up
+from attnopt.passes.sizes import shape_of
+from attnopt.rule import Reject
+from attnopt.shadow import Shadow
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A tensor that is added to the logits (times `factor`), or multiplied onto the scores."""
+
+    node: Node
+    dims: Dims
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """A condition under which a score is replaced by `value`; `hides` tells whether True means replaced."""
+
+    node: Node
+    dims: Dims
+    value: float
+    hides: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """logits = scale * (q k^T) * factors + terms, after fills.
+
+    rsqrt: axes by the square root of whose length the scores are divided. form: the contraction. path: nodes between.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    terms: tuple[Term, ...] = ()
+    fills: tuple[Fill, ...] = ()
+    factors: tuple[Term, ...] = ()
+    path: tuple[Node, ...] = ()
+    rsqrt: Axes = ()
+    form: Contraction | None = None
+    q: Dims = ()
+    k: Dims = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReader:
+    """Walks from the softmax upwards; each step folds one node into a Scores."""
+
+    space: Space
+    shadow: Shadow
+
+    def read(self, node: Node, dims: Dims, below: Scores) -> Scores:
+        """The scores of which `node` is a part: `below` is what the nodes under it have said."""
+        here = replace(below, path=(*below.path, node))
+        if (form := contraction(node)) is not None:
+            return self._contract(form, dims, here)
+        moved = step_up(self.space, node, dims)
+        if moved is not None:
+            return self.read(*moved, here)
+        step = _STEPS.get(_functional(node))
+        if step is None:
+            raise Reject(f"{_name(node)} between Q K^T and the softmax is not understood", node, len(here.path))
+        return step(self, node, dims, here)
+
+    def _contract(self, form: Contraction, dims: Dims, here: Scores) -> Scores:
+        terms = here.terms
+        if form.added is not None:
+            _need_outermost(here, form.node, "a bias")
+            terms = (*terms, _term(form.added, dims, here.scale * form.added_factor))
+        q, k = label_up(self.space, form, dims)
+        return replace(here, scale=here.scale * form.factor, terms=terms, form=form, q=q, k=k)
+
+    def either(self, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node, float, float]]) -> Scores:
+        """Through an addition: the side that leads to Q K^T is read on, the other is a term.
+
+        sides: (scores, added, factor of the scores, factor of the added tensor).
+        """
+        _need_outermost(here, node, "a bias")
+        found, reasons = [], []
+        for scores, added, sign, added_sign in sides:
+            other = _term(added, dims, here.scale * added_sign)
+            below = replace(here, scale=here.scale * sign, terms=(*here.terms, other))
+            try:
+                found.append(self.read(scores, broadcast_up(dims, shape_of(scores)), below))
+            except Reject as reject:
+                reasons.append(reject)
+        if not found:
+            raise max(reasons, key=lambda r: r.depth)
+        return max(found, key=lambda s: sum(len(a) for a in s.q + s.k))
+
+
+def _need_outermost(here: Scores, node: Node, what: str) -> None:
+    """Masks and biases are understood outside of a soft cap and of a scale that is a tensor, not inside."""
+    inside = "soft cap" if here.softcap is not None else "scale that is a tensor"
+    if here.softcap is not None or here.factors:
+        raise Reject(f"{what} inside a {inside} is not understood", node, len(here.path))
+
+
+def _term(node: Node, dims: Dims, factor: float) -> Term:
+    return Term(node, broadcast_up(dims, shape_of(node)), factor)
+
+
+def _tensors(node: Node) -> list[Node]:
+    return [a for a in node.args if isinstance(a, Node) and isinstance(a.meta.get("val"), Tensor)]
+
+
+def _functional(node: Node) -> Any:
+    """The out-of-place form of an in-place overload: its value is what the in-place one returns."""
+    target = node.target
+    name = getattr(getattr(target, "_schema", None), "name", "")
+    if not name.endswith("_") or name.endswith("__"):
+        return target
+    packet = getattr(aten, name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, target._overloadname, target)  # type: ignore[union-attr]
+
+
+def _name(node: Node) -> str:
+    return str(getattr(node.target, "_schema", node).name if hasattr(node.target, "_schema") else node.target)
+
+
+def _cast(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    if not node.meta["val"].dtype.is_floating_point:
+        raise Reject("scores are cast to a type that is not floating point", node, len(here.path))
+    return reader.read(input_node(node), dims, here)
+
+
+def _mul(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    left, right = node.args[:2]
+    for scores, factor in ((left, right), (right, left)):
+        number = constant(factor)
+        if number is not None and isinstance(scores, Node):
+            return reader.read(scores, dims, replace(here, scale=here.scale * number))
+    sides = [(s, f) for s, f in ((left, right), (right, left)) if isinstance(s, Node) and isinstance(f, Node)]
+    return _by_tensor(reader, node, dims, here, sides)
+
+
+def _div(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    if len(node.args) > 2 or node.kwargs.get("rounding_mode"):
+        raise Reject("scores are divided with rounding", node, len(here.path))
+    number = constant(node.args[1])
+    if number is None or number == 0:
+        raise Reject("scores are divided by a tensor", node, len(here.path))
+    return reader.read(input_node(node), dims, replace(here, scale=here.scale / number))
+
+
+def _by_tensor(
+    reader: ScoreReader, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node]]
+) -> Scores:
+    """Scores times a tensor, or a size-dependent number: it becomes a factor on q, if it does not vary with the key."""
+    reasons = []
+    for scores, factor in sides:
+        if not isinstance(scores.meta.get("val"), Tensor):
+            continue
+        factor_dims = broadcast_up(dims, shape_of(factor)) if isinstance(factor.meta.get("val"), Tensor) else ()
+        below = replace(here, factors=(*here.factors, Term(factor, factor_dims)))
+        try:
+            return reader.read(scores, broadcast_up(dims, shape_of(scores)), below)
+        except Reject as reject:
+            reasons.append(reject)
+    raise max(reasons, key=lambda r: r.depth) if reasons else Reject("a product without scores", node)
+
+
+def _neg(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    return reader.read(input_node(node), dims, replace(here, scale=-here.scale))
+
+
+def _add(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    return _sum(reader, node, dims, here, sign=1.0)
+
+
+def _sub(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    return _sum(reader, node, dims, here, sign=-1.0)
+
+
+def _sum(reader: ScoreReader, node: Node, dims: Dims, here: Scores, sign: float) -> Scores:
+    left, right = node.args[:2]
+    weight = sign * float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    for scores, number in ((left, constant(right)), (right, constant(left))):
+        if isinstance(scores, Node) and number is not None and number == number and abs(number) != float("inf"):
+            # The softmax of a row does not change when a number is added to all of it.
+            flipped = weight if scores is right else 1.0
+            return reader.read(scores, dims, replace(here, scale=here.scale * flipped))
+    if not (isinstance(left, Node) and isinstance(right, Node)):
+        raise Reject("an infinite constant is added to the scores", node, len(here.path))
+    return reader.either(node, dims, here, [(left, right, 1.0, weight), (right, left, weight, 1.0)])
+
+
+def _where(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    condition, then, other = node.args[:3]
+    for scores, fill, hides in ((then, other, False), (other, then, True)):
+        value = constant(fill)
+        if value is not None and isinstance(scores, Node) and isinstance(condition, Node):
+            return _fill(reader, node, dims, here, scores, condition, value, hides)
+    raise Reject("where() chooses between two tensors of scores", node, len(here.path))
+
+
+def _masked_fill(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    scores, condition, fill = node.args[:3]
+    value = constant(fill)
+    if value is None or not isinstance(scores, Node) or not isinstance(condition, Node):
+        raise Reject("scores are filled with a tensor", node, len(here.path))
+    return _fill(reader, node, dims, here, scores, condition, value, hides=True)
+
+
+def _fill(
+    reader: ScoreReader, node: Node, dims: Dims, here: Scores, scores: Node, condition: Node, value: float, hides: bool
+) -> Scores:
+    _need_outermost(here, node, "a mask")
+    fill = Fill(condition, broadcast_up(dims, shape_of(condition)), here.scale * value, hides)
+    return reader.read(scores, broadcast_up(dims, shape_of(scores)), replace(here, fills=(*here.fills, fill)))
+
+
+def _tanh(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
+    if here.softcap is not None or here.scale <= 0 or here.factors:
+        raise Reject("tanh on scores that is not a soft cap", node, len(here.path))
+    # logits = c * tanh(y): the cap is c, and the capped scores are c * y.
+    return reader.read(input_node(node), dims, replace(here, softcap=here.scale))
+
+
+_STEPS: dict[Any, Callable[[ScoreReader, Node, Dims, Scores], Scores]] = {
+    **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _mul),
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, aten.div.Tensor_mode), _div),
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _add),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _sub),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), _where),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
+    aten.neg.default: _neg,
+    aten.tanh.default: _tanh,
+}

@@ -1,0 +1,90 @@
+"""Reads scaled_dot_product_attention nodes: top-left causal, zeros for rows that see no key, optional GQA."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnopt.mask import FULL, TOP_LEFT, Causal
+from attnopt.passes.layout import Axes, Dims, Space, broadcast_up
+from attnopt.passes.scores import Fill, Scores, Term
+from attnopt.passes.sizes import is_one, shape_of
+from attnopt.passes.softmax import Frame, Parts, build
+from attnopt.rule import Reject, Site
+from attnopt.shadow import Shadow
+
+aten = torch.ops.aten
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+
+
+class SdpaRule:
+    """Every call of torch's scaled_dot_product_attention."""
+
+    name = "sdpa"
+    anchors = frozenset({aten.scaled_dot_product_attention.default})
+
+    def read(self, anchor: Node, shadow: Shadow) -> Site:
+        """The site of one call. Raises Reject."""
+        call: dict[str, Any] = {**_DEFAULTS, **dict(zip(_NAMES, anchor.args, strict=False)), **anchor.kwargs}
+        if call["dropout_p"] > 0:
+            raise Reject(f"dropout {call['dropout_p']:g} on the attention weights", anchor)
+        space = Space()
+        q, k, v, weights, out = _label(space, call, anchor)
+        key = weights[-1]
+        scores = _scores(call, weights, q[-1], anchor)
+        parts = Parts((call["query"], q), (call["key"], k), (call["value"], v), scores, anchor.meta["val"].dtype)
+        given = Causal(TOP_LEFT) if call["is_causal"] else FULL
+        frame = Frame(self.name, anchor, out, weights, key, frozenset(), given)
+        return build(space, shadow, parts, frame, safe=True)
+
+
+def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, Dims, Dims, Dims]:
+    """Labels of q, k, v, the weights and the output."""
+    q, k, v = (shape_of(call[name]) for name in _NAMES[:3])
+    batch: Dims = tuple(space.fresh(size) for size in shape_of(node)[:-2])
+    kv_batch = batch
+    if call["enable_gqa"] and len(batch) and k[-3] != q[-3]:
+        share, kv = _share(space, batch[-1], k[-3], node)
+        batch, kv_batch = (*batch[:-1], kv + share), (*batch[:-1], kv)
+    i, j, d, dv = space.fresh(q[-2]), space.fresh(k[-2]), space.fresh(q[-1]), space.fresh(v[-1])
+    if not j:
+        raise Reject("attention to a single key", node)
+    return (
+        broadcast_up((*batch, i, d), q),
+        broadcast_up((*kv_batch, j, d), k),
+        broadcast_up((*kv_batch, j, dv), v),
+        (*batch, i, j),
+        (*batch, i, dv),
+    )
+
+
+def _share(space: Space, heads: Axes, kv_heads: Any, node: Node) -> tuple[Axes, Axes]:
+    if not isinstance(kv_heads, int) or not isinstance(heads[0].size, int) or heads[0].size % kv_heads:
+        raise Reject("grouped heads whose number is not known", node)
+    if is_one(kv_heads):
+        return heads, ()
+    major, minor = space.split(heads[0], (kv_heads, heads[0].size // kv_heads))
+    return (minor,), (major,)
+
+
+def _scores(call: dict[str, Any], weights: Dims, d: Axes, node: Node) -> Scores:
+    mask, scale = call["attn_mask"], call["scale"]
+    rsqrt: Axes = ()
+    if scale is None:
+        size = shape_of(call["query"])[-1]
+        scale, rsqrt = (size**-0.5, ()) if isinstance(size, int) else (1.0, d)
+    if not isinstance(scale, int | float):
+        raise Reject("the scale depends on sizes", node)
+    plain = Scores(scale=float(scale), rsqrt=rsqrt)
+    if mask is None:
+        return plain
+    dims = broadcast_up(weights, shape_of(mask))
+    if mask.meta["val"].dtype == torch.bool:
+        return replace(plain, fills=(Fill(mask, dims, -torch.inf, hides=False),))
+    return replace(plain, terms=(Term(mask, dims),))
+
+
+RULE = SdpaRule()

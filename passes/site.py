@@ -1,0 +1,214 @@
+"""From labelled tensors to a Site: which axes are batch, heads, queries, keys; and how each operand is obtained."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attnopt.passes.constants import constant
+from attnopt.passes.layout import CASTS, Axes, Dims, Space, input_node, step_up
+from attnopt.rule import Reject
+from attnopt.shadow import Shadow, mutates, written
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """How to get one canonical operand: the value of `node`, whose dimensions are `dims`, arranged and adjusted.
+
+    factor: multiplied onto it. times: further tensors, or scalars, multiplied onto it. rsqrt: it is divided by the
+    square root of the length of these axes. dtype: what it is cast to first (None: left as it is). negated: a boolean
+    operand is inverted. layout: its canonical dimensions, where its name does not tell them.
+    """
+
+    node: Node
+    dims: Dims
+    factor: float = 1.0
+    times: "tuple[Operand, ...]" = ()
+    rsqrt: Axes = ()
+    dtype: torch.dtype | None = None
+    negated: bool = False
+    layout: tuple[Axes, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The axes of a site by what they mean; H = kv_heads x share, always grouped: head h reads kv head h // share."""
+
+    batch: Axes = ()
+    kv_heads: Axes = ()
+    share: Axes = ()
+    query: Axes = ()
+    key: Axes = ()
+    d: Axes = ()
+    dv: Axes = ()
+
+    @property
+    def heads(self) -> Axes:
+        """The query heads."""
+        return self.kv_heads + self.share
+
+    def layout(self, name: str) -> tuple[Axes, ...]:
+        """The canonical dimensions of an operand, as AttentionSpec states them."""
+        match name.rstrip("0123456789"):
+            case "q":
+                return self.batch, self.heads, self.query, self.d
+            case "k":
+                return self.batch, self.kv_heads, self.key, self.d
+            case "v":
+                return self.batch, self.kv_heads, self.key, self.dv
+            case "padding":
+                return self.batch, self.key
+            case "sink_logits":
+                return (self.heads,)
+        return self.batch, self.heads, self.query, self.key
+
+    @property
+    def output(self) -> tuple[Axes, ...]:
+        """The dimensions of the kernel's output."""
+        return self.batch, self.heads, self.query, self.dv
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How the kernel's output (B, H, Sq, Dv) becomes the value of the root."""
+
+    roles: Roles
+    dims: Dims
+    dtype: torch.dtype
+
+
+def assign_roles(space: Space, q: Dims, k: Dims, v: Dims, scores: Dims, key: Axes) -> Roles:
+    """Sorts the axes of a softmax site; `scores` are the dimensions of the softmax, `key` the one it normalises."""
+    key = space.leaves(key)
+    in_q, in_k, in_v = (set(flat(space, dims)) for dims in (q, k, v))
+    order = [a for a in flat(space, scores) if a not in key]
+    shared = [a for a in order if a in in_k | in_v]
+    alone = [a for a in order if a not in in_k | in_v]
+    query = _query(space, scores, key, alone)
+    batch, kv_heads = _batch_and_heads(space, scores, shared)
+    known = {*order, *key}
+    return Roles(
+        batch, kv_heads, tuple(a for a in alone if a not in query), query, key,
+        d=tuple(a for a in flat(space, q) if a in in_k and a not in known),
+        dv=tuple(a for a in flat(space, v) if a not in known),
+    ) if in_q - known <= in_k else _unpaired(in_q)  # fmt: skip
+
+
+def _unpaired(in_q: set[object]) -> Roles:
+    raise Reject(f"queries have {len(in_q)} axes of which some meet no key")
+
+
+def flat(space: Space, dims: Dims) -> Axes:
+    """All axes of a tensor in order."""
+    return tuple(a for axes in dims for a in space.leaves(axes))
+
+
+def _query(space: Space, scores: Dims, key: Axes, alone: Sequence[object]) -> Axes:
+    """The query axis: the one beside the keys, of those that keys and values lack; none for a single query."""
+    places = [set(space.leaves(axes)) for axes in scores]
+    at = next((n for n, place in enumerate(places) if place & set(key)), len(places))
+    beside = space.leaves(scores[at - 1]) if at > 0 else ()
+    if at > 0 and not beside:
+        return ()
+    candidates = [a for a in beside if a in alone] or list(alone)
+    return tuple(candidates[-1:])  # type: ignore[arg-type]
+
+
+def _batch_and_heads(space: Space, scores: Dims, shared: Sequence[object]) -> tuple[Axes, Axes]:
+    if len(shared) > 1:
+        return tuple(shared[:-1]), tuple(shared[-1:])  # type: ignore[return-value, arg-type]
+    first = space.leaves(scores[0])
+    if shared and len(scores) > 3 and shared[0] not in first:
+        return (), tuple(shared)  # type: ignore[arg-type]
+    return tuple(shared), ()  # type: ignore[arg-type]
+
+
+def peel(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float]:
+    """Above a query or key: through views, copies, broadcasts, upcasts and constant factors, to the tensor itself."""
+    factor = 1.0
+    while True:
+        step = _peel_one(space, node, dims)
+        if step is None:
+            return node, space.resolve(dims), factor
+        node, dims, number = step
+        factor *= number
+
+
+def _peel_one(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float] | None:
+    try:
+        moved = step_up(space, node, dims)
+    except Reject:
+        return None
+    if moved is not None:
+        return *moved, 1.0
+    if node.op == "call_function" and node.target in CASTS and _is_upcast(node):
+        return input_node(node), dims, 1.0
+    return _peel_scale(node, dims)
+
+
+def _is_upcast(node: Node) -> bool:
+    before, after = input_node(node).meta["val"].dtype, node.meta["val"].dtype
+    return before.is_floating_point and after.is_floating_point and torch.promote_types(before, after) == after
+
+
+def _peel_scale(node: Node, dims: Dims) -> tuple[Node, Dims, float] | None:
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        tensors = [(a, b) for a, b in (node.args[:2], node.args[1::-1]) if constant(b) is not None]
+        for tensor, other in tensors[:1]:
+            number = constant(other)
+            if isinstance(tensor, Node) and number and tensor.meta["val"].shape == node.meta["val"].shape:
+                divided = "div" in str(node.target)
+                if divided and tensor is not node.args[0]:
+                    return None
+                return tensor, dims, 1 / number if divided else number
+    return None
+
+
+def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtype) -> torch.dtype:
+    """The dtype for q, k, v: the least that loses nothing that the graph keeps.
+
+    operands: each base with the dtype of the contraction it enters; an upcast before the contraction adds nothing,
+    autocast before it takes something away.
+    """
+    result = root
+    for node, entered in operands:
+        held = node.meta["val"].dtype
+        result = torch.promote_types(result, held if torch.promote_types(held, entered) == entered else entered)
+    return result
+
+
+def check_unmutated(shadow: Shadow, operands: Mapping[str, Operand], root: Node) -> None:
+    """Operands must hold the same value at the root as where they were made."""
+    storages = {_storage(o.node): name for name, o in operands.items()}
+    first = min(shadow.order[o.node] for o in operands.values())
+    for node in shadow.nodes[first : shadow.order[root]]:
+        if not mutates(node):
+            continue
+        for target in written(node):
+            name = storages.get(_storage(target))
+            if name is not None and shadow.order[node] > shadow.order[operands[name].node]:
+                raise Reject(f"{name} is written to in place before the attention uses it", node)
+
+
+def _storage(node: Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)  # noqa: SLF001
+
+
+def check_inside(shadow: Shadow, interior: Iterable[Node], root: Node) -> None:
+    """No interior value may be needed elsewhere, or returned."""
+    inside = {*interior, root}
+    for node in inside - {root}:
+        outside = [user for user in shadow.users(node) if user not in inside]
+        if node in shadow.results or outside:
+            user = "returned by the graph" if node in shadow.results else f"used by {outside[0].name}"
+            raise Reject(f"an inner value of the attention ({node.name}) is also {user}", node)
+
+
+def with_dtype(operand: Operand, dtype: torch.dtype) -> Operand:
+    """The operand cast to `dtype` unless it has it."""
+    return operand if operand.node.meta["val"].dtype == dtype else replace(operand, dtype=dtype)

@@ -1,0 +1,166 @@
+"""Puts the chosen call into the original graph, in the place of the site's root, and removes what it made unnecessary."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from attnopt.passes import emit
+from attnopt.rule import Reject, Site
+from attnopt.shadow import Shadow, fake_mode, mutates
+from attnopt.spec import AttentionSpec
+
+
+def trace_call(site: Site, spec: AttentionSpec, run: emit.Run) -> GraphModule:
+    """The call as ATen under the site's own fake values. Raises Reject if its output would not fit the root's."""
+    values = [node.meta["val"] for node in emit.leaves(site)]
+    with fake_mode(values):
+        traced = make_fx(
+            lambda *args: emit.call(site, spec, run, args), pre_dispatch=True, _allow_non_fake_inputs=True
+        )(*values)
+    made, wanted = _result(traced).meta["val"], site.root.meta["val"]
+    if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape):
+        raise Reject(f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", site.root)
+    return traced
+
+
+def splice(shadow: Shadow, site: Site, traced: GraphModule) -> None:
+    """Inserts the traced call and gives its value to every user of the root."""
+    graph = shadow.original.graph
+    targets = [node for node, value in shadow.outputs.items() if value is site.root]
+    place = targets[0] if targets else _enclosing(shadow, site.root)
+    with graph.inserting_before(place):
+        editor = _Editor(shadow, graph)
+        arguments = [editor.copy(node) for node in emit.leaves(site)]
+        value = _inline(graph, traced, arguments, place)
+        if targets:
+            place.replace_all_uses_with(value)
+        else:
+            editor.known[site.root] = value
+            _expand(shadow, editor, place)
+
+
+def finish(shadow: Shadow, sites: Iterable[Site]) -> None:
+    """Removes what the spliced calls made unnecessary; after the last splice, since sites may share masks."""
+    spliced = list(sites)
+    interior = {node for site in spliced for node in (*site.interior, site.root)}
+    originals = _originals(shadow, interior)
+    _erase(sorted(originals, key=lambda n: n.name), originals)
+
+
+def _enclosing(shadow: Shadow, root: Node) -> Node:
+    """The original node inside which the root was computed (such as a whole multi_head_attention_forward)."""
+    origin = shadow.origin.get(root)
+    if origin is None or origin.op == "placeholder":
+        raise Reject("the site has no place in the graph", root)
+    return origin
+
+
+class _Editor:
+    """Copies shadow nodes into the original graph where it has no node with their value."""
+
+    def __init__(self, shadow: Shadow, graph: Graph) -> None:
+        self.shadow = shadow
+        self.graph = graph
+        self.known: dict[Node, Node] = {}
+
+    def copy(self, node: Node) -> Node:
+        """The original node with the value of a shadow node, made if need be."""
+        original = self.shadow.value_of.get(node)
+        if original is not None:
+            return original
+        if node not in self.known:
+            self.known[node] = self._copy(node)
+        return self.known[node]
+
+    def _copy(self, node: Node) -> Node:
+        if node.op != "call_function" or mutates(node):
+            raise Reject(f"the value of {node.name} is not at hand where the call goes", node)
+        made = self.graph.node_copy(node, self.copy)
+        _set_value(made, node.meta.get("val"))
+        return made
+
+
+def _expand(shadow: Shadow, editor: _Editor, place: Node) -> None:
+    """One original node held the whole site: its outputs are rebuilt from copies of what it did."""
+    value = shadow.outputs.get(place)
+    if value is None:
+        raise Reject(f"{place.name} returns something other than tensors", None)
+    if isinstance(value, Node):
+        place.replace_all_uses_with(editor.copy(value))
+        return
+    for user in list(place.users):
+        if user.op != "call_function" or not isinstance(shadow.outputs.get(user), Node):
+            raise Reject(f"{place.name} is used as a whole by {user.name}", None)
+        user.replace_all_uses_with(editor.copy(shadow.outputs[user]))
+        editor.graph.erase_node(user)
+
+
+def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Node) -> Node:
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    known: dict[Node, Any] = dict(zip(placeholders, arguments, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            known[node] = graph.node_copy(node, lambda n: known[n])
+            _set_value(known[node], node.meta.get("val"))
+            _keep_provenance(known[node], place)
+        elif node.op == "get_attr":
+            raise Reject("the kernel call needs a constant tensor", None)
+    made = known[_result(traced)]
+    return made  # type: ignore[no-any-return]
+
+
+def _result(traced: GraphModule) -> Node:
+    output = next(n for n in traced.graph.nodes if n.op == "output")
+    return pytree.tree_leaves(output.args[0])[0]  # type: ignore[no-any-return]
+
+
+def _set_value(node: Node, value: Any) -> None:
+    """Dynamo's graphs keep fake values as `example_value`, exported ones as `val`."""
+    node.meta["val"] = value
+    node.meta["example_value"] = value
+
+
+def _keep_provenance(node: Node, place: Node) -> None:
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in place.meta:
+            node.meta[key] = place.meta[key]
+
+
+def _originals(shadow: Shadow, nodes: Iterable[Node]) -> set[Node]:
+    return {shadow.origin[n] for n in nodes if n in shadow.origin}
+
+
+def _erase(start: list[Node], interior: set[Node]) -> None:
+    """Removes nodes that nobody uses any more, from the root upwards; writes in place only if they are interior."""
+    pending = list(start)
+    while pending:
+        node = pending.pop()
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if _erased(node) or (_has_effect(node) and node not in interior):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        pending.extend(inputs)
+
+
+def _erased(node: Node) -> bool:
+    return bool(getattr(node, "_erased", False))
+
+
+def _has_effect(node: Node) -> bool:
+    """Methods and functions that write in place end with an underscore, or are Python's in-place operators."""
+    if node.op == "call_function" and hasattr(node.target, "_schema"):
+        return mutates(node)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _EFFECTS or node.is_impure()
+
+
+_EFFECTS = frozenset(
+    {f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor", "pow", "matmul", "mod")}
+    | {"setitem", "_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
+)
