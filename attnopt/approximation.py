@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
 from attnopt.passes import emit
@@ -25,41 +24,45 @@ def measure(report: Report, edits: Sequence[Edit], program: ExportedProgram) -> 
     if not approximate or program.example_inputs is None:
         return report
     args, kwargs = program.example_inputs
-    inputs = program._get_flat_args_with_constants(args, kwargs)  # type: ignore[attr-defined]  # noqa: SLF001
+    inputs = program._graph_module_flat_inputs(args, kwargs)
+    errors = _Errors(approximate)
+    with torch.no_grad():
+        errors.run(*inputs)
     sites = list(report.sites)
     for edit in approximate:
-        sites[edit.report] = replace(sites[edit.report], approximation_error=_error(edit, inputs))
+        sites[edit.report] = replace(sites[edit.report], approximation_error=errors.found[edit.report])
     return replace(report, sites=tuple(sites))
 
 
-class _Until(Interpreter):
-    """Runs a shadow far enough to have the values of some nodes."""
+class _Errors(Interpreter):
+    """Runs a shadow once, and measures each approximate site when the walk has come to its root.
 
-    def __init__(self, edit: Edit, wanted: Sequence[Node]) -> None:
-        super().__init__(edit.shadow.module)
-        self.wanted = set(wanted)
+    found: the error of each edit, by its place in the report.
+    """
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        super().__init__(edits[0].shadow.module)
+        self.at_root = {edit.site.root: edit for edit in edits}
+        self.needed = {node for edit in edits for node in emit.leaves(edit.site)}
         self.kept: dict[Node, Any] = {}
+        self.found: dict[int, float] = {}
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n in self.wanted:
+        if n in self.needed:
             self.kept[n] = value
+        if n in self.at_root:
+            edit = self.at_root[n]
+            self.found[edit.report] = _error(edit, [self.kept[leaf] for leaf in emit.leaves(edit.site)])
         return value
 
 
-def _error(edit: Edit, inputs: Sequence[Any]) -> float:
-    wanted = emit.leaves(edit.site)
-    runner = _Until(edit, wanted)
-    with torch.no_grad():
-        runner.run(*inputs)
-        values = [runner.kept[node] for node in wanted]
-        exact = emit.call(edit.site, edit.site.spec, REFERENCE.run, values)
-        near = emit.call(edit.site, edit.spec, edit.kernel.run, values)
+def _error(edit: Edit, values: Sequence[Any]) -> float:
+    exact = emit.call(edit.site, edit.site.spec, REFERENCE.run, values)
+    near = emit.call(edit.site, edit.spec, edit.kernel.run, values)
     return _relative(near, exact)
 
 
 def _relative(near: Tensor, exact: Tensor) -> float:
     scale = float(exact.double().norm())
     return float((near.double() - exact.double()).norm()) / max(scale, 1e-30)
-
-

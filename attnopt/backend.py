@@ -13,10 +13,11 @@ from torch.fx import Graph, GraphModule
 
 from attnopt.errors import OptionError, StrictError
 from attnopt.options import Options
-from attnopt.pipeline import Outcome, optimise
+from attnopt.pipeline import Edit, Outcome, optimise
 from attnopt.report import Report
 from attnopt.shadow import sub_graphs
 from attnopt.versions import versions
+from attnopt.watch import Watched
 
 Compiled = Callable[..., Any]
 
@@ -39,14 +40,19 @@ def attnopt(
     chosen = Options.parse(options)
     if mode not in (None, "default"):
         raise OptionError(f"mode={mode!r} is not an option of this backend; wanted none, or 'default'")
-    report = rewrite_graph(module, chosen)
+    original = copy.deepcopy(module) if chosen.verify in _AT_RUN_TIME else None
+    report, edits = rewrite_graph(module, chosen)
     keep(report)
     if chosen.strict:
         check_strict(report)
-    return _compile_rest(module, inputs, chosen)
+    compiled = _compile_rest(module, inputs, chosen)
+    return compiled if original is None or not edits else Watched(compiled, original, edits, chosen)
 
 
-def rewrite_graph(module: GraphModule, options: Options) -> Report:
+_AT_RUN_TIME = ("first", "sample", "always")
+
+
+def rewrite_graph(module: GraphModule, options: Options) -> tuple[Report, tuple[Edit, ...]]:
     """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that."""
     saved = [(body, _snapshot(body.graph)) for body in _all_graphs(module)]
     try:
@@ -55,8 +61,8 @@ def rewrite_graph(module: GraphModule, options: Options) -> Report:
         _restore(saved)
         message = f"attnopt left a graph untouched: {type(problem).__name__}: {problem}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return make_report(Outcome((), ()), options, warnings=(message,))
-    return make_report(outcome, options)
+        return make_report(Outcome((), ()), options, warnings=(message,)), ()
+    return make_report(outcome, options), outcome.edits
 
 
 def make_report(outcome: Outcome, options: Options, warnings: tuple[str, ...] = ()) -> Report:

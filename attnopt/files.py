@@ -8,10 +8,11 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, BinaryIO
 
-from attnopt.errors import OutputError, SourceError, UnsafeFileError
-from attnopt.files_graph import check_program, parse
+from attnopt.errors import MissingError, OutputError, SourceError, UnsafeFileError
+from attnopt.files_graph import Contents, check_program, parse
 from attnopt.files_pickle import check_saved
 from attnopt.files_zip import Archive, names_in, open_archive
 
@@ -44,14 +45,22 @@ _KINDS = (
     (r"data\.pkl", "it is a pickle written by torch.save, not an exported program"),
 )
 
+#: Packages whose operators and types a program may use -> the modules that register them.
+_REGISTRARS = MappingProxyType(
+    {
+        "transformers": ("transformers.modeling_outputs", "transformers.integrations.moe"),
+        "torchvision": ("torchvision",),
+    }
+)
+
 #: What torch.export.load raises on a file that is sound as an archive but not as a program.
 _LOAD_ERRORS = (
     RuntimeError, AssertionError, LookupError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
-def inspect(path: Path) -> frozenset[str]:
-    """The operators that the program in a .pt2 calls. Nothing is loaded, unpickled or imported.
+def inspect(path: Path) -> Contents:
+    """What the program in a .pt2 calls and needs. Nothing is loaded, unpickled or imported.
 
     Raises UnsafeFileError when loading the file would, or could, run code that is inside it, when it is truncated
     or is something else than an exported program; SourceError when it cannot be read.
@@ -68,7 +77,7 @@ def load_program(path: Path, *, allow_unsafe: bool = False) -> "ExportedProgram"
     """
     with _opened(path) as stream:
         if not allow_unsafe:
-            _need_operators(path, _inspect(path, stream))
+            _prepare(path, _inspect(path, stream))
         return _load(path, stream)
 
 
@@ -125,7 +134,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _inspect(path: Path, stream: BinaryIO) -> frozenset[str]:
+def _inspect(path: Path, stream: BinaryIO) -> Contents:
     try:
         _need_program_kind(stream)
         archive = open_archive(stream)
@@ -199,17 +208,33 @@ def _text(archive: Archive, path: str) -> str:
         raise UnsafeFileError(f"{path} is not text") from error
 
 
-def _need_operators(path: Path, targets: frozenset[str]) -> None:
-    """A clear message where torch would only say that deserialising failed."""
+def _prepare(path: Path, needs: Contents) -> None:
+    """Registers what the program needs, and says clearly what is not there: torch would only say that it failed."""
     import torch
 
     importlib.import_module("attnopt.ops")
-    for target in sorted(target for target in targets if target.startswith("torch.ops.")):
+    for package in sorted({_package(need) for need in needs.targets | needs.types} & _REGISTRARS.keys()):
+        _register(path, package)
+    for target in sorted(target for target in needs.targets if target.startswith("torch.ops.")):
         _, _, space, name, *_ = target.split(".")
         if space != "higher_order" and not hasattr(getattr(torch.ops, space), name):
             raise SourceError(
                 f"cannot load {path}: this version of torch and attnopt has no operator {target}"
             )
+
+
+def _package(need: str) -> str:
+    """`transformers` for `torch.ops.transformers.x` and for `transformers.modeling_outputs.X`."""
+    return need.removeprefix("torch.ops.").partition(".")[0]
+
+
+def _register(path: Path, package: str) -> None:
+    """Imports the modules of a known package that register its operators and output types with torch."""
+    try:
+        for module in _REGISTRARS[package]:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(f"{path} needs the package {package}; install it") from error
 
 
 def _load(path: Path, stream: BinaryIO) -> "ExportedProgram":

@@ -10,6 +10,7 @@ import json
 import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from attnopt.errors import UnsafeFileError
@@ -27,7 +28,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _LONGEST = 20_000  # letters of one expression; longer ones only serve to exhaust the parser
 _STEEPEST = 64  # largest exponent or shift
 
-_NAMESPACES = frozenset({"aten", "prims", "attnopt"})
+_NAMESPACES = frozenset({"aten", "prims", "attnopt", "transformers", "torchvision"})
 _TOUCH_FILES = frozenset({"save", "from_file"})
 _HIGHER_ORDER = words(
     "cond while_loop scan associative_scan map_impl wrap wrap_with_set_grad_enabled wrap_with_autocast flex_attention "
@@ -57,14 +58,24 @@ _GRAMMAR = (
 )  # fmt: skip
 
 
-def check_program(text: str) -> frozenset[str]:
-    """The call targets of the program in `text` (JSON). Raises UnsafeFileError for anything that could run code."""
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a program needs of the process that loads it: operators, and types of nested inputs and outputs."""
+
+    targets: frozenset[str]
+    types: frozenset[str]
+
+
+def check_program(text: str) -> Contents:
+    """What the program in `text` (JSON) needs. Raises UnsafeFileError for anything in it that could run code."""
     found = {*_strings(parse(text))}
     for kind, value in sorted(found):
         reason = _CHECKS.get(kind, _plain)(value)
         if reason:
             raise UnsafeFileError(f"its program has, as {kind}, {_cut(value)!r}: {reason}")
-    return frozenset(value for kind, value in found if kind in ("target", "as_operator"))
+    specs = (value for kind, value in found if kind in ("in_spec", "out_spec"))
+    types = {value for spec in specs for kind, value in _strings(parse(spec)) if kind == "type"}
+    return Contents(frozenset(v for kind, v in found if kind in ("target", "as_operator")), frozenset(types))
 
 
 def parse(text: str) -> object:
@@ -98,7 +109,7 @@ def _refuse_objects(value: Mapping[str, object]) -> None:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:80]}..."  # noqa: PLR2004
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _plain(text: str) -> str:
@@ -132,7 +143,7 @@ def _target(text: str) -> str:
             )
         case _:
             known = text in _OPERATORS
-    return "" if known else "it is not an operator of ATen or attnopt"
+    return "" if known else "it is not an operator of ATen, attnopt, transformers or torchvision"
 
 
 def _tree(text: str) -> str:

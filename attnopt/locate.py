@@ -12,6 +12,13 @@ from attnopt.passes.contraction import contraction
 from attnopt.shadow import Shadow
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
+_WHOLE = frozenset(
+    {
+        torch.ops.aten.scaled_dot_product_attention.default,
+        torch.ops.aten._transformer_encoder_layer_fwd.default,
+        torch.ops.aten._native_multi_head_attention.default,
+    }
+)
 #: How many nodes above and below a softmax are searched for products.
 REACH = 40
 
@@ -40,13 +47,16 @@ def _module(node: Node) -> str:
     entries = list(stack.values())
     if not entries:
         return ""
-    path = re.sub(r"^L\['self'\]\.?|^self\.?", "", str(entries[-1][0]))
+    path = str(entries[-1][0])
+    inside = re.match(r"^[LG]\['(?P<root>\w+)'\]\.?", path)
+    if inside is not None:
+        path = path[inside.end() :] if inside["root"] == "self" else f"{inside['root']}.{path[inside.end() :]}".rstrip(".")
     return re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]", lambda m: m[1] or m[2], path)
 
 
 def is_attention_shaped(shadow: Shadow, anchor: Node) -> bool:
     """Whether two products of computed tensors stand around the anchor, as in attention, or it is both in one."""
-    if anchor.target is torch.ops.aten.scaled_dot_product_attention.default:
+    if anchor.target in _WHOLE:
         return True
     return _meets_product(anchor, lambda n: n.all_input_nodes) and _meets_product(anchor, shadow.users)
 

@@ -26,7 +26,7 @@ _TRUTH = {
 }
 
 
-def _option(default: Value, doc: str, *, choices: object = None, least: int | None = None) -> Any:  # noqa: ANN401
+def _option(default: Value, doc: str, *, choices: object = None, least: int | None = None) -> Any:
     """A dataclass field with its documentation and what it may hold."""
     return field(default=default, metadata={"doc": doc, "choices": get_args(choices), "least": least})
 

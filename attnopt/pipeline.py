@@ -15,7 +15,7 @@ from attnopt.options import Options
 from attnopt.passes import emit, splice
 from attnopt.passes.sizes import hint
 from attnopt.registry import kernels, rules
-from attnopt.report import Family, GraphReport, SiteReport
+from attnopt.report import Family, GraphReport, SiteReport, Verdict
 from attnopt.rule import Kernel, Reject, Rule, Site, SiteMeta, TensorMeta
 from attnopt.shadow import Shadow, sub_graphs, trace
 from attnopt.spec import AttentionSpec
@@ -91,7 +91,8 @@ class _Pass:
         with self.clock.measure("read"):
             found = list(read(shadow, rules()))
         edits: list[Edit] = []
-        reports = [self._decide(shadow, each, edits, n) for n, each in enumerate(found)]
+        values = dict(shadow.value_of)
+        reports = [self._decide(shadow, each, edits, values) for each in found]
         with self.clock.measure("splice"):
             splice.finish(shadow, [edit.site for edit in edits])
             module.graph.lint()
@@ -99,8 +100,8 @@ class _Pass:
         graph = GraphReport(nodes_before=before, nodes_after=len(module.graph.nodes), seconds=dict(self.clock.seconds))
         return Outcome(tuple(reports), (graph,), tuple(edits))
 
-    def _decide(self, shadow: Shadow, found: "Found", edits: list[Edit], number: int) -> SiteReport:
-        """The verdict on one anchor; a rewritten site is spliced in."""
+    def _decide(self, shadow: Shadow, found: "Found", edits: list[Edit], values: dict[Node, Node]) -> SiteReport:
+        """The verdict on one anchor; a rewritten site is spliced in. `values` as in `splice.splice`."""
         if found.site is None:
             return _left_alone(shadow, found)
         site = found.site
@@ -109,7 +110,8 @@ class _Pass:
             choice = policy.choose(meta, kernels(), self.options)
         report = _draft(site, meta, choice)
         if choice.kernel is None:
-            return replace(report, verdict="refused", reason=choice.reason)
+            verdict: Verdict = "quarantined" if "quarantined" in choice.reason else "refused"
+            return replace(report, verdict=verdict, reason=choice.reason)
         if choice.exact and choice.kernel.name == "sdpa" and is_same_call(site, choice.spec):
             return replace(report, verdict="kept", reason="the call is the best there is for it already")
         with self.clock.measure("validate"):

@@ -1,5 +1,6 @@
 """Chooses what becomes of a site: which kernel, for which spec. Exact by itself; an approximation only on request."""
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,23 @@ class Choice:
     spec: AttentionSpec
     reason: str
     exact: bool = True
+
+
+_lock = threading.Lock()
+#: Kernels that failed a check on real data, with the spec; the one set that outlives a compilation, behind the lock.
+_quarantined: set[tuple[str, AttentionSpec]] = set()
+
+
+def quarantine(kernel: str, spec: AttentionSpec) -> None:
+    """Keeps a kernel from serving a spec for the rest of the process."""
+    with _lock:
+        _quarantined.add((kernel, spec))
+
+
+def is_quarantined(kernel: str, spec: AttentionSpec) -> bool:
+    """Whether the kernel failed on this spec before."""
+    with _lock:
+        return (kernel, spec) in _quarantined
 
 
 def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choice:
@@ -87,6 +105,8 @@ def _refusal(kernel: Kernel, site: SiteMeta, *, exact: bool) -> str | None:
         return ""
     if exact and not kernel.exact:
         return ""
+    if is_quarantined(kernel.name, site.spec):
+        return "quarantined: it failed a check on real data"
     unread = unread_fields(site.spec, kernel.reads)
     if unread:
         return f"does not honour {', '.join(unread)}"

@@ -72,7 +72,7 @@ def explain(
 
     def look(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         del inputs
-        found.append(rewrite_graph(copy.deepcopy(module), chosen))
+        found.append(rewrite_graph(copy.deepcopy(module), chosen)[0])
         return module.forward
 
     before = dict(counters["graph_break"])

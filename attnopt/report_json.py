@@ -64,7 +64,7 @@ def _name_of(value: float) -> str:
     return "Infinity" if value > 0 else "-Infinity"
 
 
-def _build(kind: type, readers: Mapping[str, Reader], data: object, where: str) -> Any:  # noqa: ANN401
+def _build(kind: type, readers: Mapping[str, Reader], data: object, where: str) -> Any:
     """An instance of the dataclass `kind`; keys it does not know are ignored, as later versions may add some."""
     if not isinstance(data, dict):
         raise ReportError(f"{where} is {_kind(data)}; wanted an object")
@@ -81,7 +81,7 @@ def _required(spot: Field[Any], where: str) -> bool:
     return False
 
 
-def _read(reader: Reader, value: object, where: str) -> Any:  # noqa: ANN401
+def _read(reader: Reader, value: object, where: str) -> Any:
     try:
         return reader(value)
     except _WrongKindError as wrong:
@@ -97,7 +97,7 @@ class _WrongKindError(Exception):
 def _kind(value: object) -> str:
     """What a JSON value is, for a message; long values are cut."""
     text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."  # noqa: PLR2004
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _text(value: object) -> str:
@@ -129,7 +129,7 @@ def _number(value: object) -> float:
         raise _WrongKindError(value, "a number that fits in 64 bits") from error
 
 
-def _optional(reader: Reader, value: object) -> Any:  # noqa: ANN401
+def _optional(reader: Reader, value: object) -> Any:
     return None if value is None else reader(value)
 
 
@@ -151,7 +151,7 @@ def _mapping_of(reader: Reader, value: object) -> dict[str, Any]:
     return {name: _at(reader, item, f".{name}") for name, item in value.items()}
 
 
-def _at(reader: Reader, value: object, at: str) -> Any:  # noqa: ANN401
+def _at(reader: Reader, value: object, at: str) -> Any:
     try:
         return reader(value)
     except _WrongKindError as wrong:

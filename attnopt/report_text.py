@@ -97,7 +97,7 @@ def fold_numbers(numbers: Sequence[int]) -> str:
     steps = {b - a for a, b in pairwise(numbers)}
     if steps == {1}:
         return f"{numbers[0]}-{numbers[-1]}"
-    if len(steps) == 1 and len(numbers) > 2:  # noqa: PLR2004
+    if len(steps) == 1 and len(numbers) > 2:
         return f"{numbers[0]},{numbers[1]}..{numbers[-1]}"
     return ",".join(map(str, numbers))
 
@@ -150,7 +150,9 @@ def _served_group(found: Group) -> list[str]:
 
 
 def _row(number: str, name: str, verdict: str, check: str, kernel: str) -> str:
-    return f"{number:<5}{name:<{_CALL}} {verdict:<{_VERDICT}} {check:<{_CHECK}} {kernel}".rstrip()
+    name = _shorten(name, _CALL)
+    row = f"{number:<5}{name:<{_CALL}} {verdict:<{_VERDICT}} {check:<{_CHECK}} "
+    return (row + _shorten(kernel, WIDTH - len(row))).rstrip()
 
 
 def _left_alone(sites: Sequence[SiteReport]) -> str:
@@ -198,7 +200,8 @@ def _checked(done: Sequence[SiteReport]) -> str:
 
 
 def _shorten(text: str, width: int) -> str:
-    """At most `width` columns; the middle gives way, since both ends of a path tell most."""
+    """One line of at most `width` columns; the middle gives way, since both ends of a path tell most."""
+    text = " ".join(text.split())
     if len(text) <= width:
         return text
     keep = width - 3

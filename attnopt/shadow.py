@@ -145,9 +145,9 @@ class _Recorder(Interpreter):
             self.regions.pop().__exit__(None, None, None)
             return None
         if isinstance(target, HigherOrderOperator):
-            body = next((i for i, a in enumerate(args) if isinstance(a, GraphModule)), None)
-            if body is not None:
-                return Interpreter(args[body]).run(*args[body + 1 :])
+            bodies = [i for i, a in enumerate(args) if isinstance(a, GraphModule)]
+            if len(bodies) == 1 and _takes(args[bodies[0]], args[bodies[0] + 1 :]):
+                return Interpreter(args[bodies[0]]).run(*args[bodies[0] + 1 :])
         return super().call_function(target, args, kwargs)
 
 
@@ -221,6 +221,11 @@ def _source(node: Node, graph: Graph) -> str | None:
 def _is_data(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
     return bool(leaves) and all(isinstance(x, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool) for x in leaves)
+
+
+def _takes(body: GraphModule, args: Sequence[Any]) -> bool:
+    """Whether the operator hands its arguments on to the body, one by one (a checkpoint does, a branch does not)."""
+    return sum(n.op == "placeholder" for n in body.graph.nodes) == len(args)
 
 
 def _is_call(node: Node) -> bool:

@@ -82,7 +82,7 @@ def _compare(replay: Replay, site: Site, sizes: Concrete, family: "Family") -> f
     given = _lengths(site, sizes)
     values = _values(site, given, family)
     expected = replay.run(values, sizes)
-    plain = _without_casts(site)
+    plain = without_casts(site)
     actual = emit.call(plain, site.spec, REFERENCE.run, [values[node] for node in emit.leaves(site)], given)
     return row_error(actual, expected.double())
 
@@ -100,7 +100,7 @@ def row_error(actual: Tensor, expected: Tensor) -> float:
     return float(((a - b).norm(dim=-1) / scale).max())
 
 
-def _without_casts(site: Site) -> Site:
+def without_casts(site: Site) -> Site:
     """The same site computing in whatever dtype its operands have."""
     operands = {
         name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times))  # type: ignore[type-var, attr-defined]

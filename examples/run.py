@@ -1,6 +1,6 @@
 """The main job, on real input: rewrite SmolLM2-135M, prove that nothing changed, then stream it.
 
-    make run        or        python examples/run.py [--tokens N] [--keep out.pt2]
+    make run        or        python examples/run.py [--tiny] [--tokens N] [--keep out.pt2]
 
 1. Loads the model with its real weights (or the bundled tiny one, if they cannot be had) and exports it.
 2. Rewrites it exactly, saves the program, loads it in a fresh process and compares: logits row by row against fp64,
@@ -11,7 +11,6 @@ Exits with 4 if a comparison fails.
 """
 
 import argparse
-import importlib
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,13 @@ from time import perf_counter
 from types import ModuleType
 
 import smollm2
+import tiny
 import torch
 from measuring import Answers, answers, exact_logits, perplexity, row_errors
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -35,7 +36,7 @@ import attnopt
 from attnopt.report import Report
 
 HERE = Path(__file__).parent
-PROMPT, COUNT = 64, 64
+PROMPT, COUNT = 32, 64
 WORST = 2.0  # how many times the error of eager mode a row may be off
 VERIFICATION_FAILED = 4
 STREAMS = {
@@ -65,13 +66,14 @@ def step(what: str) -> Iterator[None]:
     progress.print(f"  {what}: {perf_counter() - start:.1f} s", style="dim")
 
 
-def load() -> tuple[ModuleType, nn.Module]:
-    """SmolLM2, or the tiny model where its weights or transformers are missing."""
+def load(*, small: bool) -> tuple[ModuleType, nn.Module]:
+    """SmolLM2; or the tiny model, if it is asked for or if the weights or transformers are missing."""
+    if small:
+        return tiny, tiny.model()
     try:
         with step(f"loading {smollm2.NAME}"):
             return smollm2, smollm2.model()
     except smollm2.ModelUnavailableError as error:
-        tiny = importlib.import_module("tiny")
         progress.print(
             f"{error}\nGoing on with {tiny.NAME}: its text and perplexity mean nothing.", style="yellow"
         )
@@ -165,14 +167,14 @@ def streams(exported: ExportedProgram, eager: Answers, ids: Tensor) -> Table:
     return table
 
 
-def main(tokens: int, file: Path) -> int:
+def main(tokens: int, file: Path, *, small: bool) -> int:
     """Does it all; 0, or 4 if a claim does not hold."""
-    source, model = load()
+    source, model = load(small=small)
     ids = source.text_ids(tokens)
     exported = export(model, ids)
     with step("rewriting, each site checked in fp64"):
         program, report = attnopt.rewrite(exported)
-    out.print(str(report), markup=False, highlight=False)
+    print(report)
 
     eager = answers(
         model,
@@ -189,7 +191,7 @@ def main(tokens: int, file: Path) -> int:
     prompt, continued = (
         source.decode(part) for part in (ids[0, :PROMPT], torch.tensor(rewritten.continuation))
     )
-    out.print(f"[dim]...{prompt[-120:]}[/][bold]{continued}[/]\n")
+    out.print(Text.assemble((f"...{prompt[-160:]}", "dim"), (continued, "bold"), "\n"))
     out.print(streams(exported, eager, ids))
     return VERIFICATION_FAILED if any(claim.holds is False for claim in found) else 0
 
@@ -198,8 +200,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--tiny", action="store_true", help="use the bundled tiny model")
     parser.add_argument("--tokens", type=int, default=2_048, help="of the text (default: 2048)")
     parser.add_argument("--keep", type=Path, help="keep the rewritten program in this file")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(main(given.tokens, given.keep or Path(scratch, "rewritten.pt2")))
+        sys.exit(main(given.tokens, given.keep or Path(scratch, "rewritten.pt2"), small=given.tiny))

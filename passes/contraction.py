@@ -111,18 +111,21 @@ def _baddbmm(node: Node) -> Contraction | None:
 
 
 def _einsum(node: Node) -> Contraction | None:
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if not isinstance(operands, Sequence) or len(operands) != 2:
+    terms, out = einsum_terms(node)
+    if len(terms) != 2:
         return None
-    lhs, rhs = operands
-    inputs, arrow, out = equation.partition("->")
-    terms = [*inputs.split(","), out]
-    ranks = [len(shape_of(lhs)), len(shape_of(rhs)), len(shape_of(node))]  # type: ignore[arg-type]
-    if not arrow:
-        terms[2] = _implied_output(inputs)
-    left, right, result = (_expand_dots(term, rank) for term, rank in zip(terms, ranks, strict=True))
-    form = Contraction(node, lhs, rhs, left, right, result)  # type: ignore[arg-type]
+    (lhs, left), (rhs, right) = terms
+    form = Contraction(node, lhs, rhs, left, right, out)
     return form if _is_plain(form) else None
+
+
+def einsum_terms(node: Node) -> tuple[tuple[tuple[Node, Letters], ...], Letters]:
+    """The operands of an einsum, each with its letters, and the letters of the result; "..." becomes letters too."""
+    operands: Sequence[Node] = node.args[1]  # type: ignore[assignment]
+    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
+    out = out if arrow else _implied_output(inputs)
+    letters = [_expand_dots(term, len(shape_of(x))) for term, x in zip(inputs.split(","), operands, strict=True)]
+    return tuple(zip(operands, letters, strict=True)), _expand_dots(out, len(shape_of(node)))
 
 
 def _implied_output(inputs: str) -> str:

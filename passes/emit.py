@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnopt.passes.layout import Axes, Axis, Dims
@@ -34,7 +35,7 @@ def call(site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given
     result = result_of(site)
     sizes = lengths(site, values, given)
     out = run(spec, operands(site, spec, values, sizes))
-    return restore(out, result, sizes).to(result.dtype)
+    return _cast(restore(out, result, sizes), result.dtype)
 
 
 def result_of(site: Site) -> Result:
@@ -94,7 +95,7 @@ def _split_known_sizes(left: list[tuple[Axes, Any]], known: Lengths) -> None:
 def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], sizes: Lengths) -> Tensor:
     """One operand in its canonical layout, cast and scaled."""
     value = held[operand.node]
-    value = value if operand.dtype is None else value.to(operand.dtype)
+    value = value if operand.dtype is None else _cast(value, operand.dtype)
     needed = operand.layout is not None or name.rstrip("0123456789") in ("q", "k", "v", "padding", "sink_logits")
     out = _to_layout(value, operand.dims, operand.layout or roles.layout(name), sizes, expand=needed)
     for factor in operand.times:
@@ -102,8 +103,8 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
         scaled = other
         if isinstance(other, Tensor):
             scaled = _to_layout(other, factor.dims, (roles.batch, roles.heads, roles.query, ()), sizes, expand=False)
-            scaled = scaled.to(out.dtype)
-        out = out * scaled
+            scaled = _cast(scaled, out.dtype)
+        out = out / scaled if factor.inverse else out * scaled
     if operand.factor != 1.0:
         out = out * operand.factor
     if operand.rsqrt:
@@ -122,7 +123,7 @@ def _to_layout(value: Tensor, dims: Dims, groups: Sequence[Axes], sizes: Lengths
     stray = set(have) - set(wanted)
     if stray:
         raise Reject("an operand varies along an axis that its canonical layout does not have")
-    value = value.permute([have.index(a) for a in wanted if a in have])
+    value = _permute(value, [have.index(a) for a in wanted if a in have])
     for place, axis in enumerate(wanted):
         if axis not in have:
             value = value.unsqueeze(place)
@@ -149,5 +150,14 @@ def restore(out: Tensor, result: Result, sizes: Lengths) -> Tensor:
     wanted = [a for axes in result.dims for a in axes]
     if set(flat) != set(wanted):
         raise Reject("the output has other axes than the operands give")
-    split = out.reshape([sizes[a] for a in flat])
-    return split.permute([flat.index(a) for a in wanted]).reshape([_merged(axes, sizes) for axes in result.dims])
+    out = out if _is_one_each(result.roles.output) else out.reshape([sizes[a] for a in flat])
+    out = _permute(out, [flat.index(a) for a in wanted])
+    return out if _is_one_each(result.dims) else out.reshape([_merged(axes, sizes) for axes in result.dims])
+
+
+def _permute(value: Tensor, order: Sequence[int]) -> Tensor:
+    return value if list(order) == sorted(order) else value.permute(order)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if value.dtype == dtype else value.to(dtype)

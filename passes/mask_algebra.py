@@ -1,4 +1,4 @@
-"""From proven conditions to the mask algebra, and the one question that is asked of it: can a query see no key?"""
+"""From proven conditions to the mask algebra; and whether, under a mask, some query may see no key."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import sympy
 
 from attnopt.mask import BOTTOM_RIGHT, FULL, TOP_LEFT, And, Causal, First, Full, Length, Mask, Or, Window
 from attnopt.passes.mask_bounds import POSITIONS, Bounds
-from attnopt.passes.mask_formula import FALSE, All, AtMostZero, Formula, Some, parts_of
+from attnopt.passes.mask_formula import FALSE, All, AtMostZero, Formula, Some
 from attnopt.passes.sizes import Size
 
-B, H, I, J = (POSITIONS[role] for role in ("b", "h", "i", "j"))
+BATCH, HEAD, QUERY, KEY = (POSITIONS[role] for role in ("b", "h", "i", "j"))
 
 #: Lengths are sought with these factors of Sq and Sk, simplest first.
 FACTORS = sorted(product((0, 1, -1, 2, -2), repeat=2), key=lambda pair: (sum(map(abs, pair)), pair))
@@ -48,8 +48,8 @@ class Algebra:
     def _line(self, expr: sympy.Expr) -> Mask | None:
         """expr <= 0 for a straight line through the positions: a diagonal, or a column."""
         expr = self._without_single_positions(expr)
-        slope_i, slope_j = expr.coeff(I, 1), expr.coeff(J, 1)
-        rest = sympy.expand(expr - slope_i * I - slope_j * J)
+        slope_i, slope_j = expr.coeff(QUERY, 1), expr.coeff(KEY, 1)
+        rest = sympy.expand(expr - slope_i * QUERY - slope_j * KEY)
         if rest.has(*self.bounds.counts):
             return None
         if slope_i == 0 and slope_j == -1 and self._is_single_query():
@@ -75,7 +75,7 @@ class Algebra:
 
     def length(self, expr: sympy.Expr) -> Length | None:
         """`expr` as a length, named by an alignment where it is one."""
-        sq, sk = self.bounds.counts[I], self.bounds.counts[J]
+        sq, sk = self.bounds.counts[QUERY], self.bounds.counts[KEY]
         expr = sympy.expand(expr)
         if expr == 0:
             return TOP_LEFT
@@ -88,18 +88,29 @@ class Algebra:
         return None
 
     def _without_single_positions(self, expr: sympy.Expr) -> sympy.Expr:
-        return expr.subs({p: 0 for p in (B, H) if self.bounds.counts[p] == 1})
+        return expr.subs({p: 0 for p in (BATCH, HEAD) if self.bounds.counts[p] == 1})
 
     def _is_single_query(self) -> bool:
-        return bool(self.bounds.counts[I] == 1)
+        return bool(self.bounds.counts[QUERY] == 1)
 
 
 def algebra_for(bounds: Bounds, formula: Formula) -> Algebra:
     """The algebra whose diagonal is that of the formula; without one, that which ends at the last key."""
-    ends = sympy.expand(bounds.counts[J] - bounds.counts[I])
-    found = {part.expr for part in parts_of(formula) if isinstance(part, AtMostZero)}
-    diagonals = {sympy.expand(J - I - expr) for expr in found if (expr.coeff(I, 1), expr.coeff(J, 1)) == (-1, 1)}
+    ends = sympy.expand(bounds.counts[KEY] - bounds.counts[QUERY])
+    diagonals = {
+        sympy.expand(KEY - QUERY - expr)
+        for expr in _lines(formula)
+        if (expr.coeff(QUERY, 1), expr.coeff(KEY, 1)) == (-1, 1)
+    }
     return Algebra(bounds, diagonals.pop() if len(diagonals) == 1 else ends)
+
+
+def _lines(formula: Formula) -> Iterator[sympy.Expr]:
+    if isinstance(formula, AtMostZero):
+        yield formula.expr
+    if isinstance(formula, All | Some):
+        for part in formula.parts:
+            yield from _lines(part)
 
 
 def _joined(masks: list[Mask | None], *, together: bool) -> Mask:
@@ -117,8 +128,8 @@ def with_implied_diagonal(algebra: Algebra, mask: Mask) -> Mask:
     if not windows or any(isinstance(part, Causal) for part in parts):
         return mask
     offset = windows[0].offset
-    sizes = algebra.bounds.counts[I], algebra.bounds.counts[J]
-    certain = algebra.bounds.always_at_most_zero(J - I - _at(offset, *sizes))
+    sizes = algebra.bounds.counts[QUERY], algebra.bounds.counts[KEY]
+    certain = algebra.bounds.always_at_most_zero(KEY - QUERY - _at(offset, *sizes))
     return mask & Causal(offset) if certain else mask
 
 
@@ -135,7 +146,7 @@ def may_have_empty_rows(mask: Mask, sq: Size, sk: Size) -> bool:
 
     sq, sk: numbers, or expressions whose symbols stand for sizes.
     """
-    bounds = Bounds({I: sympy.sympify(sq), J: sympy.sympify(sk)})
+    bounds = Bounds({QUERY: sympy.sympify(sq), KEY: sympy.sympify(sk)})
     return not any(_always_sees(parts, bounds) for parts in _choices(mask))
 
 
@@ -154,16 +165,16 @@ def _choices(mask: Mask) -> Iterator[tuple[Mask, ...]]:
 
 def _always_sees(parts: tuple[Mask, ...], bounds: Bounds) -> bool:
     """Each part bounds the visible keys of query i from one side: every lower bound must be within every upper one."""
-    sq, sk = bounds.counts[I], bounds.counts[J]
+    sq, sk = bounds.counts[QUERY], bounds.counts[KEY]
     lowest, highest = [sympy.Integer(0)], [sk - 1]
     for part in parts:
         match part:
             case Full():
                 continue
             case Causal(offset):
-                highest.append(I + _at(offset, sq, sk))
+                highest.append(QUERY + _at(offset, sq, sk))
             case Window(width, offset):
-                lowest.append(I + _at(offset, sq, sk) - width + 1)
+                lowest.append(QUERY + _at(offset, sq, sk) - width + 1)
             case First(count):
                 highest.append(sympy.Integer(count - 1))
             case _:

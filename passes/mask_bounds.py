@@ -44,12 +44,16 @@ class Bounds:
         Each position is set to the end of its range that makes its term largest, before sizes are bounded: so
         i - Sq is seen to be below 0 whatever Sq.
         """
-        at_end = sympy.expand(expr)
+        factors = dict(sympy.expand(expr).as_coefficients_dict())
         for symbol, count in self.counts.items():
-            slope = at_end.coeff(symbol, 1)
-            if slope.is_Integer and slope != 0 and not (at_end - slope * symbol).has(symbol):
-                at_end = sympy.expand(at_end.subs(symbol, count - 1 if slope > 0 else 0))
-        return sum((self._upper_of(term) for term in sympy.Add.make_args(at_end)), start=0.0)
+            slope = factors.get(symbol)
+            if slope is None or any(term is not symbol and term.has(symbol) for term in factors):
+                continue
+            del factors[symbol]
+            if slope > 0:
+                for term, factor in (count - 1).as_coefficients_dict().items():
+                    factors[term] = factors.get(term, 0) + slope * factor
+        return sum((self._upper_of(term, factor) for term, factor in factors.items() if factor), start=0)
 
     def lower(self, expr: sympy.Expr) -> float:
         """A number, perhaps minus infinity, that `expr` never falls below."""
@@ -59,12 +63,16 @@ class Bounds:
         """Whether expr <= 0 is certain."""
         return self.upper(expr) <= 0
 
-    def _upper_of(self, term: sympy.Expr) -> float:
+    def _upper_of(self, term: sympy.Expr, factor: sympy.Number) -> float:
+        """Of factor * term."""
+        if not factor.is_Integer:
+            return math.inf
         if term.is_Integer:
-            return int(term)
+            return int(factor) * int(term)
         ranges = {**self.symbols, **{s: self._range(s) for s in term.free_symbols & self.counts.keys()}}
-        upper = bound_sympy(term, ranges).upper
-        return int(upper) if getattr(upper, "is_Integer", False) else math.inf
+        held = bound_sympy(term, ranges)
+        bound = held.upper if factor > 0 else held.lower
+        return int(factor) * int(bound) if getattr(bound, "is_Integer", False) else math.inf
 
     def _range(self, symbol: sympy.Symbol) -> ValueRanges[Any]:
         last = self.upper(self.counts[symbol] - 1)

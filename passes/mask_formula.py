@@ -7,8 +7,9 @@ other formulas. A value is a finite set of cases: leaf -> when it has that leaf;
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import combinations, product
 from math import gcd
+from typing import TypeAlias
 
 import sympy
 from torch.fx import Node
@@ -39,74 +40,73 @@ class Call:
     """A number that is computed from others, left as it is: `op` names the operation."""
 
     op: str
-    args: "tuple[Leaf, ...]"
+    args: "tuple[Number, ...]"
 
 
 #: An integer expression, a number that is no integer (or infinite), or something opaque.
-Leaf = sympy.Expr | float | Data | Call
+Number: TypeAlias = sympy.Expr | float | Data | Call
+
+
+class Formula:
+    """A condition on positions."""
 
 
 @dataclass(frozen=True)
-class AtMostZero:
+class AtMostZero(Formula):
     """expr <= 0."""
 
     expr: sympy.Expr
 
-    @cached_property
-    def key(self) -> str:
-        return f"{self.expr} <= 0"
-
 
 @dataclass(frozen=True)
-class Fact:
+class Fact(Formula):
     """The element of a boolean tensor, or its negation."""
 
     data: Data
     holds: bool = True
 
+
+@dataclass(frozen=True, eq=False)
+class Combination(Formula):
+    """Parts in the order in which they were found; equal to another one with the same parts."""
+
+    parts: tuple[Formula, ...]
+
     @cached_property
-    def key(self) -> str:
-        return f"{'' if self.holds else '~'}{self.data.node.name}{self.data.index}"
+    def members(self) -> frozenset[Formula]:
+        return frozenset(self.parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Combination) and type(other) is type(self) and self.members == other.members
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.members))
 
 
-@dataclass(frozen=True)
-class All:
+@dataclass(frozen=True, eq=False)
+class All(Combination):
     """Every part holds."""
 
-    parts: "frozenset[Formula]"
 
-    @cached_property
-    def key(self) -> str:
-        return f"all({', '.join(sorted(part.key for part in self.parts))})"
-
-
-@dataclass(frozen=True)
-class Some:
+@dataclass(frozen=True, eq=False)
+class Some(Combination):
     """Some part holds."""
 
-    parts: "frozenset[Formula]"
 
-    @cached_property
-    def key(self) -> str:
-        return f"some({', '.join(sorted(part.key for part in self.parts))})"
+Cases = Mapping[Number, Formula]
 
-
-Literal = AtMostZero | Fact
-Formula = Literal | All | Some
-Cases = Mapping[Leaf, Formula]
-
-TRUE = All(frozenset())
-FALSE = Some(frozenset())
+TRUE = All(())
+FALSE = Some(())
 
 
-def always(leaf: Leaf) -> Cases:
+def always(leaf: Number) -> Cases:
     """The value that is `leaf` everywhere."""
     return {leaf: TRUE}
 
 
-def parts_of(formula: Formula) -> frozenset[Formula]:
+def parts_of(formula: Formula) -> tuple[Formula, ...]:
     """The conjuncts of a formula."""
-    return formula.parts if isinstance(formula, All) else frozenset({formula})
+    return formula.parts if isinstance(formula, All) else (formula,)
 
 
 def negate(formula: Formula) -> Formula:
@@ -117,8 +117,10 @@ def negate(formula: Formula) -> Formula:
         case Fact(data, holds):
             return Fact(data, holds=not holds)
         case All(parts):
-            return Some(frozenset(map(negate, parts)))
-    return All(frozenset(map(negate, formula.parts)))
+            return Some(tuple(map(negate, parts)))
+        case Some(parts):
+            return All(tuple(map(negate, parts)))
+    raise TypeError(f"{formula} is no formula of the mask calculus")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Logic:
 
     def conj(self, formulas: Iterable[Formula]) -> Formula:
         """All of `formulas`, without parts that follow from others; FALSE where two contradict each other."""
-        parts = sorted({p for formula in formulas for p in parts_of(formula)}, key=lambda part: part.key)
+        parts = list(dict.fromkeys(p for formula in formulas for p in parts_of(formula)))
         if len(parts) > MAX_PARTS:
             raise NotUnderstood
         if FALSE in parts:
@@ -175,20 +177,33 @@ class Logic:
             return FALSE
         compound = [p for p in parts if isinstance(p, Some)]
         simpler = [self.given(known, p) for p in compound]
+        if simpler == compound:
+            simpler = self._resolved(compound)
         if simpler != compound:
             return self.conj([*known, *simpler])
-        kept = [p for p in compound if not any(q.parts < p.parts for q in compound)]
+        kept = [p for p in compound if not any(q.members < p.members for q in compound)]
         return _all([*known, *kept])
+
+    def _resolved(self, parts: list[Some]) -> list[Formula]:
+        """(a or x) and (a or not x) is a."""
+        for p, q in combinations(parts, 2):
+            only_p, only_q = p.members - q.members, q.members - p.members
+            if len(only_p) == 1 and {negate(x) for x in only_p} == only_q:
+                common = self.disj(x for x in p.parts if x not in only_p)
+                return [r for r in parts if r not in (p, q)] + [common]
+        return list(parts)
 
     def disj(self, formulas: Iterable[Formula]) -> Formula:
         """Some of `formulas`, simplified; what all alternatives share is taken out."""
         found = negate(self.conj(negate(formula) for formula in formulas))
         if not isinstance(found, Some) or len(found.parts) < 2:
             return found
-        shared = frozenset.intersection(*(parts_of(part) for part in found.parts))
+        first, *others = map(parts_of, found.parts)
+        shared = [p for p in first if all(p in other for other in others)]
         if not shared:
             return found
-        return self.conj([*shared, self.disj(_all(parts_of(part) - shared) for part in found.parts)])
+        rest = [_all(p for p in parts if p not in shared) for parts in (first, *others)]
+        return self.conj([*shared, self.disj(rest)])
 
     def _strongest(self, literals: list[Formula]) -> list[Formula]:
         kept: list[Formula] = []
@@ -209,9 +224,9 @@ class Logic:
             return TRUE
         return FALSE if any(self.implies(k, negate(formula)) for k in known) else formula
 
-    def cases(self, pairs: Iterable[tuple[Leaf, Formula]]) -> Cases:
+    def cases(self, pairs: Iterable[tuple[Number, Formula]]) -> Cases:
         """Cases from (leaf, condition) pairs that are exclusive and leave nothing out."""
-        conditions: dict[Leaf, list[Formula]] = {}
+        conditions: dict[Number, list[Formula]] = {}
         for leaf, condition in pairs:
             if condition != FALSE:
                 conditions.setdefault(leaf, []).append(condition)
@@ -231,7 +246,7 @@ class Logic:
         """`then` where the condition holds, else `other`."""
         return self.disj([self.conj([condition, then]), self.conj([negate(condition), other])])
 
-    def lift(self, operation: Callable[..., Leaf], *operands: Cases) -> Cases:
+    def lift(self, operation: Callable[..., Number], *operands: Cases) -> Cases:
         """An operation on leaves, applied case by case."""
         return self.cases((operation(*leaves), when) for leaves, when in self._together(operands))
 
@@ -239,7 +254,7 @@ class Logic:
         """A condition on leaves, asked case by case."""
         return self.disj(self.conj([when, predicate(*leaves)]) for leaves, when in self._together(operands))
 
-    def _together(self, operands: tuple[Cases, ...]) -> Iterable[tuple[tuple[Leaf, ...], Formula]]:
+    def _together(self, operands: tuple[Cases, ...]) -> Iterable[tuple[tuple[Number, ...], Formula]]:
         for combination in product(*(cases.items() for cases in operands)):
             when = self.conj(condition for _, condition in combination)
             if when != FALSE:
@@ -247,14 +262,18 @@ class Logic:
 
 
 def _all(parts: Iterable[Formula]) -> Formula:
-    distinct = frozenset(parts)
-    return next(iter(distinct)) if len(distinct) == 1 else All(distinct)
+    distinct = tuple(parts)
+    return distinct[0] if len(distinct) == 1 else All(distinct)
 
 
 def _reduced(expr: sympy.Expr) -> sympy.Expr:
     """Without common factors: 2j - 2i - 1 <= 0 is, for integers, j - i <= 0."""
     constant, terms = expr.as_coeff_Add()
-    factors = [int(term.as_coeff_Mul()[0]) for term in sympy.Add.make_args(terms) if term.as_coeff_Mul()[0].is_Integer]
+    factors = [
+        int(term.as_coeff_Mul()[0])
+        for term in sympy.Add.make_args(terms)
+        if term.as_coeff_Mul()[0].is_Integer
+    ]
     common = gcd(*factors) if len(factors) == len(sympy.Add.make_args(terms)) else 1
     if common in (0, 1):
         return expr

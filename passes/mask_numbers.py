@@ -3,14 +3,14 @@
 import math
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from attnopt.passes.mask_bounds import Bounds, integer_of
-from attnopt.passes.mask_formula import FALSE, TRUE, Call, Data, Formula, Leaf, Logic, NotUnderstood, negate
+from attnopt.passes.mask_formula import FALSE, TRUE, Call, Data, Formula, Logic, NotUnderstood, Number, negate
 
 #: Integers up to here are exact in a dtype. Where sizes are symbolic, positions are taken to stay below 2^24.
 EXACT_BELOW = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
@@ -18,7 +18,7 @@ EXACT_BELOW = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11,
 WIDE = frozenset({torch.int64, torch.int32, torch.float64, torch.float32})
 
 
-def as_leaf(given: Any) -> Leaf:
+def as_leaf(given: Any) -> Number:
     """A Python number, a SymInt, or a node that holds one."""
     if isinstance(given, bool):
         return sympy.Integer(int(given))
@@ -30,17 +30,17 @@ def as_leaf(given: Any) -> Leaf:
     return found
 
 
-def from_float(value: float) -> Leaf:
+def from_float(value: float) -> Number:
     """Whole numbers as integers, so that 1.0 and 1 are one leaf."""
     return sympy.Integer(int(value)) if value.is_integer() else value
 
 
-def is_constant(leaf: Leaf) -> bool:
+def is_constant(leaf: Number) -> TypeGuard[float]:
     """Whether the leaf is one known number."""
     return isinstance(leaf, float | sympy.Integer)
 
 
-def convert(leaf: Leaf, dtype: torch.dtype, bounds: Bounds) -> Leaf:
+def convert(leaf: Number, dtype: torch.dtype, bounds: Bounds) -> Number:
     """`leaf` in a tensor of `dtype`: constants overflow as they do there; NotUnderstood where the value may change.
 
     Finite constants are not rounded (see `is_exact`), nor is opaque data that goes from one float to another.
@@ -55,7 +55,7 @@ def convert(leaf: Leaf, dtype: torch.dtype, bounds: Bounds) -> Leaf:
     return leaf
 
 
-def _as_integer(leaf: Leaf, dtype: torch.dtype, bounds: Bounds) -> Leaf:
+def _as_integer(leaf: Number, dtype: torch.dtype, bounds: Bounds) -> Number:
     if dtype.is_floating_point or dtype.is_complex:
         raise NotUnderstood
     if isinstance(leaf, Data) and leaf.node.meta["val"].dtype == dtype:
@@ -87,22 +87,22 @@ def round_to(value: float, dtype: torch.dtype) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
-def is_exact(leaf: Leaf, dtype: torch.dtype) -> bool:
+def is_exact(leaf: Number, dtype: torch.dtype) -> bool:
     """Whether a constant survives in `dtype` unrounded; positions and whole dtypes always do."""
     if not is_constant(leaf) or dtype not in EXACT_BELOW:
         return True
     value = _double(leaf)
-    return math.isnan(value) or round_to(value, dtype) == leaf
+    return math.isnan(value) or round_to(value, dtype) == value
 
 
-def _double(leaf: Leaf) -> float:
+def _double(leaf: Number) -> float:
     try:
         return float(leaf)  # type: ignore[arg-type]
     except OverflowError as error:
         raise NotUnderstood from error
 
 
-def compute(operation: str, *leaves: Leaf) -> Leaf:
+def compute(operation: str, *leaves: Number) -> Number:
     """The result of an operation; a Call where it is neither an integer nor a constant."""
     if operation in ON_INTEGERS and all(isinstance(leaf, sympy.Expr) for leaf in leaves):
         exact = ON_INTEGERS[operation](*leaves)
@@ -158,7 +158,7 @@ ON_CONSTANTS: Mapping[str, Callable[..., float]] = {
 }
 
 
-def at_most(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+def at_most(logic: Logic, a: Number, b: Number) -> Formula:
     """a <= b."""
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         return logic.at_most_zero(a - b)
@@ -178,13 +178,13 @@ def _within(logic: Logic, expr: sympy.Expr, limit: float) -> Formula:
     return logic.at_most_zero(expr - math.floor(limit))
 
 
-def below(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+def below(logic: Logic, a: Number, b: Number) -> Formula:
     """a < b."""
     if any(isinstance(leaf, float) and math.isnan(leaf) for leaf in (a, b)):
         return FALSE
     return negate(at_most(logic, b, a))
 
 
-def equal(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+def equal(logic: Logic, a: Number, b: Number) -> Formula:
     """a == b."""
     return logic.conj([at_most(logic, a, b), at_most(logic, b, a)])

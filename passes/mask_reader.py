@@ -18,8 +18,6 @@ from attnopt.passes.mask_bounds import POSITIONS, Role, integer_of
 from attnopt.passes.mask_formula import (
     FALSE,
     TRUE,
-    All,
-    AtMostZero,
     Cases,
     Data,
     Fact,
@@ -27,7 +25,6 @@ from attnopt.passes.mask_formula import (
     Index,
     Logic,
     NotUnderstood,
-    Some,
     always,
     negate,
 )
@@ -64,7 +61,7 @@ class At:
         return shape_of(self.node)
 
     def value(self, given: Any, index: Index | None = None) -> Value:
-        """The element of an argument: at its own `index`, or at that which broadcasting gives it. Numbers are numbers."""
+        """The element of an argument: at its own `index`, or at that which broadcasting gives it; a number as it is."""
         if not isinstance(given, Node) or not isinstance(given.meta.get("val"), Tensor):
             return always(as_leaf(given))
         if index is None:
@@ -139,7 +136,9 @@ class MaskReader:
         dtype = node.meta["val"].dtype
         if dtype == torch.bool:
             return as_condition(self.logic, value)
-        return self.logic.lift(lambda leaf: convert(leaf, dtype, self.logic.bounds), as_numbers(self.logic, value))
+        return self.logic.lift(
+            lambda leaf: convert(leaf, dtype, self.logic.bounds), as_numbers(self.logic, value)
+        )
 
     def _overwritten(self, node: Node, write: Node, index: Index, before: Value) -> Value:
         """The element after `write`: what was written where that covers the index, else what was there before."""
@@ -155,7 +154,7 @@ class MaskReader:
             at - place.start for at, place in zip(index, places, strict=True) if not place.is_single
         )
         written = self.element(write, shifted)
-        if is_formula(before) and is_formula(written):
+        if isinstance(before, Formula) and isinstance(written, Formula):
             return self.logic.either(inside, written, before)
         return self.logic.select(inside, as_numbers(self.logic, written), as_numbers(self.logic, before))
 
@@ -185,23 +184,18 @@ def _broadcast_one(at: sympy.Expr, size: Size, source: Size) -> sympy.Expr:
     raise NotUnderstood
 
 
-def is_formula(value: Value) -> bool:
-    """Whether a value is a condition rather than numbers."""
-    return isinstance(value, AtMostZero | Fact | All | Some)
-
-
 def as_numbers(logic: Logic, value: Value) -> Cases:
     """A condition as 1 where it holds and 0 elsewhere; numbers as they are."""
-    if not is_formula(value):
-        return value  # type: ignore[return-value]
-    return logic.cases([(sympy.Integer(1), value), (sympy.Integer(0), negate(value))])  # type: ignore[list-item, arg-type]
+    if not isinstance(value, Formula):
+        return value
+    return logic.cases([(sympy.Integer(1), value), (sympy.Integer(0), negate(value))])
 
 
 def as_condition(logic: Logic, value: Value) -> Formula:
     """Where numbers differ from 0; a condition as it is."""
-    if is_formula(value):
-        return value  # type: ignore[return-value]
-    return logic.test(lambda leaf: _is_not_zero(logic, leaf), value)  # type: ignore[arg-type]
+    if isinstance(value, Formula):
+        return value
+    return logic.test(lambda leaf: _is_not_zero(logic, leaf), value)
 
 
 def _is_not_zero(logic: Logic, leaf: Any) -> Formula:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.mask_bounds import Role, bounds_for
-from attnopt.passes.mask_formula import Cases, Formula, Leaf, Logic, NotUnderstood, always, negate
+from attnopt.passes.mask_formula import Cases, Formula, Logic, NotUnderstood, Number, always, negate
 from attnopt.passes.mask_numbers import at_most, below, compute, convert, equal, from_float, is_exact
 from attnopt.passes.mask_reader import At, MaskReader, Rule, Value, as_numbers
 from attnopt.passes.mask_views import VIEWS, choose, piecewise
@@ -54,7 +54,7 @@ def _triangle(at: At, *, lower: bool) -> Value:
     return choose(at, keep, at.value(at.args["self"]), at.numbers(0))
 
 
-def _comparison(test: Callable[[Logic, Leaf, Leaf], Formula]) -> Rule:
+def _comparison(test: Callable[[Logic, Number, Number], Formula]) -> Rule:
     def rule(at: At) -> Value:
         left, right = at.args["self"], at.args["other"]
         dtype = torch.result_type(_sample(left), _sample(right))
@@ -103,7 +103,9 @@ def _not(at: At) -> Value:
 def _where(at: At) -> Value:
     if "self" not in at.args:  # where(condition): the places, not a choice
         raise NotUnderstood
-    return choose(at, at.condition(at.args["condition"]), at.value(at.args["self"]), at.value(at.args["other"]))
+    return choose(
+        at, at.condition(at.args["condition"]), at.value(at.args["self"]), at.value(at.args["other"])
+    )
 
 
 def _masked_fill(at: At) -> Value:
@@ -129,7 +131,9 @@ def _arithmetic(name: str, *operands: str) -> Rule:
 
 def _operand(at: At, name: str, dtype: torch.dtype) -> Cases:
     cases = at.numbers(at.args[name])
-    return cases if dtype == torch.bool else at.logic.lift(lambda x: convert(x, dtype, at.logic.bounds), cases)
+    return (
+        cases if dtype == torch.bool else at.logic.lift(lambda x: convert(x, dtype, at.logic.bounds), cases)
+    )
 
 
 def _divide(at: At) -> Value:
@@ -195,7 +199,7 @@ def _copy_of_literal(at: At) -> Value:
     raise NotUnderstood
 
 
-def _evenly_spaced(numbers: list[Leaf], at: sympy.Expr) -> Value:
+def _evenly_spaced(numbers: list[Number], at: sympy.Expr) -> Value:
     first, step = numbers[0], compute("sub", numbers[1], numbers[0])
     if not isinstance(first, sympy.Expr) or not isinstance(step, sympy.Expr):
         raise NotUnderstood
@@ -204,7 +208,7 @@ def _evenly_spaced(numbers: list[Leaf], at: sympy.Expr) -> Value:
     return always(first + step * at)
 
 
-def _stepped(at: At, numbers: list[Leaf], kept: list[tuple[sympy.Expr, int]]) -> Value:
+def _stepped(at: At, numbers: list[Number], kept: list[tuple[sympy.Expr, int]]) -> Value:
     """One number up to a diagonal, another one beyond it."""
     (row, rows), (column, columns) = kept
     low, high = numbers[(rows - 1) * columns], numbers[columns - 1]
@@ -232,17 +236,17 @@ def _xor(logic: Logic, a: Formula, b: Formula) -> Formula:
     return logic.either(a, negate(b), b)
 
 
-def _swapped(test: Callable[[Logic, Leaf, Leaf], Formula]) -> Callable[[Logic, Leaf, Leaf], Formula]:
+def _swapped(test: Callable[[Logic, Number, Number], Formula]) -> Callable[[Logic, Number, Number], Formula]:
     return lambda logic, a, b: test(logic, b, a)
 
 
-def _different(logic: Logic, a: Leaf, b: Leaf) -> Formula:
+def _different(logic: Logic, a: Number, b: Number) -> Formula:
     return negate(equal(logic, a, b))
 
 
-COMPARISONS: Mapping[str, Rule] = MappingProxyType(
+COMPARISONS: Mapping[object, Rule] = MappingProxyType(
     {
-        **{name: _comparison(equal) for name in ("eq",)},
+        "eq": _comparison(equal),
         **{name: _comparison(_different) for name in ("ne", "not_equal")},
         **{name: _comparison(at_most) for name in ("le", "less_equal")},
         **{name: _comparison(below) for name in ("lt", "less")},
@@ -271,15 +275,15 @@ RULES: Mapping[object, Rule] = MappingProxyType(
         "logical_and": _logical(_and),
         "logical_or": _logical(_or),
         "logical_xor": _logical(_xor),
-        **{name: _not for name in ("logical_not", "bitwise_not")},
+        **dict.fromkeys(("logical_not", "bitwise_not"), _not),
         "where": _where,
         "masked_fill": _masked_fill,
         **{name: _arithmetic(name, "self", "other") for name in ("add", "sub", "mul", "maximum", "minimum")},
         **{name: _arithmetic(name, "self", "other") for name in ("floor_divide", "remainder")},
-        **{name: _arithmetic("sub", "other", "self") for name in ("rsub",)},
-        **{name: _arithmetic("sub", "self", "other") for name in ("subtract",)},
-        **{name: _arithmetic("mul", "self", "other") for name in ("multiply",)},
-        **{name: _divide for name in ("div", "divide", "true_divide")},
+        "rsub": _arithmetic("sub", "other", "self"),
+        "subtract": _arithmetic("sub", "self", "other"),
+        "multiply": _arithmetic("mul", "self", "other"),
+        **dict.fromkeys(("div", "divide", "true_divide"), _divide),
         **{name: _arithmetic(name, "self") for name in ("neg", "abs", "exp", "log", "sqrt")},
         "negative": _arithmetic("neg", "self"),
         "absolute": _arithmetic("abs", "self"),

@@ -8,8 +8,8 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from attnopt.passes.mask_formula import Cases, Index, NotUnderstood
-from attnopt.passes.mask_reader import At, Rule, Value, as_numbers, broadcast, is_formula
+from attnopt.passes.mask_formula import Cases, Formula, Index, NotUnderstood
+from attnopt.passes.mask_reader import At, Rule, Value, as_numbers, broadcast
 from attnopt.passes.mask_writes import arguments, operation, start_of
 from attnopt.passes.sizes import is_one, same, shape_of
 
@@ -18,7 +18,8 @@ ZERO = sympy.Integer(0)
 
 def _source(at: At) -> Node:
     source = at.args["self"]
-    assert isinstance(source, Node)
+    if not isinstance(source, Node):
+        raise NotUnderstood
     return source
 
 
@@ -175,10 +176,10 @@ def piecewise(at: At, pieces: list[Node], dim: int, index: Index) -> Value:
     return choose(at, inside, here, beyond)
 
 
-def choose(at: At, condition: Any, then: Value, other: Value) -> Value:
+def choose(at: At, condition: Formula, then: Value, other: Value) -> Value:
     """`then` where the condition holds, else `other`."""
-    if is_formula(then) and is_formula(other):
-        return at.logic.either(condition, then, other)  # type: ignore[arg-type]
+    if isinstance(then, Formula) and isinstance(other, Formula):
+        return at.logic.either(condition, then, other)
     return at.logic.select(condition, as_numbers(at.logic, then), as_numbers(at.logic, other))
 
 
@@ -206,7 +207,10 @@ def _index(at: At) -> Value:
     rank = len(at.index) - given.count(None)
     shape = at.shape[places[0] : places[0] + rank]
     chosen = at.index[places[0] : places[0] + rank]
-    found = [_position(at, given[k], broadcast(chosen, shape, shape_of(given[k])), at.size(source, k)) for k in places]
+    found = [
+        _position(at, given[k], broadcast(chosen, shape, shape_of(given[k])), at.size(source, k))
+        for k in places
+    ]
     return at.value(source, (*at.index[: places[0]], *found, *at.index[places[0] + rank :]))
 
 
@@ -247,7 +251,10 @@ VIEWS: Mapping[object, Rule] = MappingProxyType(
         **{name: _view(_same) for name in UNCHANGED},
         **{name: _view(_broadcast) for name in ("expand", "expand_as", "broadcast_to")},
         **{name: _view(_transpose) for name in ("transpose", "swapaxes", "swapdims")},
-        **{name: _view(_reshape) for name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as")},
+        **{
+            name: _view(_reshape)
+            for name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as")
+        },
         **{name: _view(_reshape) for name in ("reshape_as", "squeeze", "ravel", "_reshape_alias")},
         **{name: _view(_repeat) for name in ("repeat", "tile")},
         **{name: _view(lambda at: at.index[::-1]) for name in ("t", "numpy_T")},

@@ -23,9 +23,9 @@ RESHAPED_IN_PLACE = frozenset(
 
 def operation(node: Node) -> str:
     """The name of an ATen operation, without namespace and overload; in-place forms have the name of the plain one."""
-    if not isinstance(node.target, OpOverload) or "out" in node.target._overloadname.split("_"):  # noqa: SLF001
+    if not isinstance(node.target, OpOverload) or "out" in node.target._overloadname.split("_"):
         return ""
-    name = node.target._schema.name.removeprefix("aten::")  # noqa: SLF001
+    name = node.target._schema.name.removeprefix("aten::")
     if name.startswith("__"):
         return IN_PLACE_OPERATORS.get(name, name)
     return name.removesuffix("_")
@@ -37,21 +37,24 @@ IN_PLACE_OPERATORS = {f"__i{name}__": f"__{name}__" for name in ("and", "or", "x
 
 def arguments(node: Node) -> Mapping[str, Any]:
     """The arguments of a call by their names in the schema, defaults included."""
-    assert isinstance(node.target, OpOverload)
-    schema = node.target._schema.arguments  # noqa: SLF001
+    if not isinstance(node.target, OpOverload):
+        return {}
+    schema = node.target._schema.arguments
     given = {a.name: value for a, value in zip(schema, node.args, strict=False)}
     return {**{a.name: a.default_value for a in schema if a.has_default_value()}, **given, **node.kwargs}
 
 
 def written_by(node: Node) -> Node | None:
     """The tensor that a node writes to; None for most nodes."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:  # noqa: SLF001
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
         return None
-    schema = node.target._schema  # noqa: SLF001
+    schema = node.target._schema
     if schema.name in HARMLESS:
         return None
     held = arguments(node)
-    writes = (held.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    writes = (
+        held.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    )
     return next((w for w in writes if isinstance(w, Node)), None)
 
 
@@ -82,7 +85,7 @@ def _shares(result: Node, source: Node) -> bool:
     if not _is_apart(result, source):
         return True
     held = arguments(result)
-    marked = (held.get(a.name) for a in result.target._schema.arguments if a.alias_info is not None)  # noqa: SLF001
+    marked = (held.get(a.name) for a in result.target._schema.arguments if a.alias_info is not None)
     return any(value is source or (isinstance(value, list | tuple) and source in value) for value in marked)
 
 
@@ -93,7 +96,7 @@ def _is_apart(a: Node, b: Node) -> bool:
 def _storages(node: Node) -> set[int]:
     value = node.meta.get("val")
     tensors = value if isinstance(value, list | tuple) else [value]
-    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}  # noqa: SLF001
+    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
 
 
 @dataclass(frozen=True, slots=True)

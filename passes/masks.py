@@ -16,17 +16,36 @@ import torch
 from torch.fx import Node
 
 from attnopt.mask import FULL, KeyPadding, Mask, Opaque
-from attnopt.passes.mask_algebra import Algebra, algebra_for, may_have_empty_rows, with_implied_diagonal
+from attnopt.passes.mask_algebra import algebra_for, may_have_empty_rows, with_implied_diagonal
 from attnopt.passes.mask_bounds import POSITIONS, Role
-from attnopt.passes.mask_formula import Cases, Fact, Formula, Index, Leaf as Number, NotUnderstood, negate, parts_of
+from attnopt.passes.mask_formula import (
+    FALSE,
+    Cases,
+    Fact,
+    Formula,
+    Index,
+    NotUnderstood,
+    Number,
+    negate,
+    parts_of,
+)
 from attnopt.passes.mask_numbers import is_constant, round_to
-from attnopt.passes.mask_reader import MaskReader, as_condition, index_of, is_formula
+from attnopt.passes.mask_reader import MaskReader, as_condition, index_of
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.mask_writes import writes_after
 from attnopt.passes.sizes import Size, is_one, shape_of
 from attnopt.rule import Reject
 
-__all__ = ["AdditiveReading", "Leaf", "MaskReading", "Role", "find_leaf", "may_have_empty_rows", "read_additive", "read_visible"]
+__all__ = [
+    "AdditiveReading",
+    "Leaf",
+    "MaskReading",
+    "Role",
+    "find_leaf",
+    "may_have_empty_rows",
+    "read_additive",
+    "read_visible",
+]
 
 #: A finite fill at or below this leaves nothing of a weight beside a visible key.
 NEGLIGIBLE = -1e9
@@ -62,7 +81,12 @@ class AdditiveReading:
 
 
 def read_visible(
-    node: Node, roles: tuple[Role | None, ...], sizes: Mapping[Role, Size], *, negated: bool = False, at: Node | None = None
+    node: Node,
+    roles: tuple[Role | None, ...],
+    sizes: Mapping[Role, Size],
+    *,
+    negated: bool = False,
+    at: Node | None = None,
 ) -> MaskReading:
     """What a boolean tensor says about visibility; each conjunct that cannot be proven is a leaf.
 
@@ -76,7 +100,9 @@ def read_visible(
         value = reader.element_at(node, index, at)
         visible = as_condition(reader.logic, value)
     except NotUnderstood:
-        raise Reject("the mask is written to in place, or holds numbers that are not known to be 0 and 1", node) from None
+        raise Reject(
+            "the mask is written to in place, or holds numbers that are not known to be 0 and 1", node
+        ) from None
     whole = Leaf(node, roles, negated)
     return _name(reader, negate(visible) if negated else visible, whole)
 
@@ -96,30 +122,32 @@ def read_additive(
         value = reader.element_at(node, index_of(roles), at)
     except NotUnderstood:
         return None
-    assert not is_formula(value)
-    fill = _fill(value, dtype)  # type: ignore[arg-type]
+    if isinstance(value, Formula):
+        return None
+    fill = _fill(value, dtype)
     if fill is None:
         return None
-    visible = as_condition(reader.logic, value)
+    visible = value.get(sympy.Integer(0), FALSE)
     try:
-        return AdditiveReading(_name(reader, negate(visible), None), fill)
+        return AdditiveReading(_name(reader, visible, None), fill)
     except Reject:
         return None
 
 
 def _fill(cases: Cases, dtype: torch.dtype) -> float | None:
     """The one value besides 0, if it hides; -inf where nothing is hidden."""
-    numbers: list[Number] = [leaf for leaf in cases if leaf != 0]
-    if len(numbers) > 1 or not all(is_constant(leaf) for leaf in numbers):
+    numbers = [leaf for leaf in cases if leaf != 0]
+    constants = [leaf for leaf in numbers if is_constant(leaf)]
+    if len(numbers) > 1 or len(constants) < len(numbers):
         return None
-    fill = round_to(float(numbers[0]), dtype) if numbers else -math.inf  # type: ignore[arg-type]
+    fill = round_to(float(constants[0]), dtype) if constants else -math.inf
     return fill if fill <= max(NEGLIGIBLE, torch.finfo(dtype).min) else None
 
 
 def _name(reader: MaskReader, visible: Formula, whole: Leaf | None) -> MaskReading:
     """The mask of a condition: proven conjuncts by name, the others from leaves."""
     algebra = algebra_for(reader.logic.bounds, visible)
-    named = {part: algebra.mask(part) for part in sorted(parts_of(visible), key=lambda p: p.key)}
+    named = {part: algebra.mask(part) for part in parts_of(visible)}
     mask: Mask = FULL
     for part in named.values():
         mask = mask if part is None else mask & part
@@ -143,7 +171,7 @@ def _with_leaves(mask: Mask, leaves: Iterable[Leaf]) -> MaskReading:
 
 def _leaves(reader: MaskReader, visible: Formula, unproven: list[Formula], whole: Leaf | None) -> list[Leaf]:
     """Tensors of the graph whose conjunction, with what is proven, is the mask."""
-    candidates = _candidates(reader, parts_of(visible))
+    candidates = _candidates(reader, set(parts_of(visible)))
     leaves: list[Leaf] = []
     missing = set(unproven)
     for part in unproven:
@@ -162,7 +190,9 @@ def _leaves(reader: MaskReader, visible: Formula, unproven: list[Formula], whole
 
 def _everything(whole: Leaf | None) -> list[Leaf]:
     if whole is None or whole.node.meta["val"].dtype != torch.bool or writes_after(whole.node, None):
-        raise Reject("no boolean tensor of the graph says what part of the mask hides", whole.node if whole else None)
+        raise Reject(
+            "no boolean tensor of the graph says what part of the mask hides", whole.node if whole else None
+        )
     return [whole]
 
 
@@ -183,13 +213,14 @@ class _Candidate:
         return len(self.says), int(self.leaf.negated), self.order
 
 
-def _candidates(reader: MaskReader, wanted: frozenset[Formula]) -> list[_Candidate]:
+def _candidates(reader: MaskReader, wanted: set[Formula]) -> list[_Candidate]:
     found: list[_Candidate] = []
     order: dict[Node, int] = {}
     for (node, index), value in reader.seen.items():
-        if not is_formula(value):
+        if not isinstance(value, Formula):
             continue
-        for negated, says in ((False, parts_of(value)), (True, parts_of(negate(value)))):  # type: ignore[arg-type]
+        for negated, formula in ((False, value), (True, negate(value))):
+            says = frozenset(parts_of(formula))
             if says and says <= wanted:
                 leaf = leaf_at(reader, node, index, negated=negated)
                 if leaf is not None:
@@ -200,27 +231,34 @@ def _candidates(reader: MaskReader, wanted: frozenset[Formula]) -> list[_Candida
 
 def leaf_at(reader: MaskReader, node: Node, index: Index, *, negated: bool = False) -> Leaf | None:
     """The tensor as a leaf, if each of its dimensions runs over one role, whole, and nothing writes to it later."""
-    roles = tuple(_role(reader, e, size) for e, size in zip(index, shape_of(node), strict=True))
-    named = [role for role in roles if role is not None]
-    if False in roles or len(named) != len(set(named)) or writes_after(node, None):
+    try:
+        roles = tuple(_role(reader, e, size) for e, size in zip(index, shape_of(node), strict=True))
+    except NotUnderstood:
         return None
-    return Leaf(node, roles, negated)  # type: ignore[arg-type]
+    named = [role for role in roles if role is not None]
+    if len(named) != len(set(named)) or writes_after(node, None):
+        return None
+    return Leaf(node, roles, negated)
 
 
-def _role(reader: MaskReader, at: sympy.Expr, size: Size) -> Role | None | bool:
-    """The role that a dimension of `size` runs over; None for a single element, False for anything else."""
+def _role(reader: MaskReader, at: sympy.Expr, size: Size) -> Role | None:
+    """The role that a dimension of `size` runs over; None for a single element."""
     counts = reader.logic.bounds.counts
     role = next((role for role, symbol in POSITIONS.items() if symbol == at), None)
     if role is not None and sympy.expand(counts[at] - size) == 0:
         return role
-    return None if is_one(size) else False
+    if not is_one(size):
+        raise NotUnderstood
+    return None
 
 
 def find_leaf(reader: MaskReader, value: Number) -> Leaf | None:
     """The first tensor of the graph whose element is `value` everywhere."""
-    found = (leaf_at(reader, node, index) for (node, index), held in reader.seen.items() if _is_always(held, value))
+    found = (
+        leaf_at(reader, node, index) for (node, index), held in reader.seen.items() if _is_always(held, value)
+    )
     return next((leaf for leaf in found if leaf is not None), None)
 
 
 def _is_always(held: Formula | Cases, value: Number) -> bool:
-    return not is_formula(held) and len(held) == 1 and value in held  # type: ignore[arg-type, operator]
+    return not isinstance(held, Formula) and len(held) == 1 and value in held

@@ -17,24 +17,29 @@ from attnopt.shadow import Shadow
 
 aten = torch.ops.aten
 
+#: A longer chain is no attention that somebody wrote down.
+LONGEST = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A tensor that is added to the logits (times `factor`), or multiplied onto the scores."""
+    """A tensor that is added to the logits (times `factor`), or multiplied onto the scores (`inverse`: divides them)."""
 
     node: Node
     dims: Dims
     factor: float = 1.0
+    inverse: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """A condition under which a score is replaced by `value`; `hides` tells whether True means replaced."""
+    """A condition under which a score, held in `dtype`, is replaced by `value`; `hides`: whether True means replaced."""
 
     node: Node
     dims: Dims
     value: float
     hides: bool
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class ScoreReader:
     def read(self, node: Node, dims: Dims, below: Scores) -> Scores:
         """The scores of which `node` is a part: `below` is what the nodes under it have said."""
         here = replace(below, path=(*below.path, node))
+        self._need_inner(node, here)
         if (form := contraction(node)) is not None:
             return self._contract(form, dims, here)
         moved = step_up(self.space, node, dims)
@@ -76,7 +82,19 @@ class ScoreReader:
             raise Reject(f"{_name(node)} between Q K^T and the softmax is not understood", node, len(here.path))
         return step(self, node, dims, here)
 
+    def _need_inner(self, node: Node, here: Scores) -> None:
+        """Each value on the way is used once, so that no node is read twice, however the graph forks."""
+        if len(here.path) > LONGEST:
+            raise Reject(f"more than {LONGEST} operations between Q K^T and the softmax", node, len(here.path))
+        others = [user for user in self.shadow.users(node) if user not in here.path[-2:-1]]
+        if len(here.path) > 1 and others:
+            raise Reject(
+                f"an inner value of the attention ({node.name}) is also used by {others[0].name}", node, len(here.path)
+            )
+
     def _contract(self, form: Contraction, dims: Dims, here: Scores) -> Scores:
+        if not form.node.meta["val"].dtype.is_floating_point:
+            raise Reject(f"the scores are {form.node.meta['val'].dtype}, not floating point", form.node, len(here.path))
         terms = here.terms
         if form.added is not None:
             _need_outermost(here, form.node, "a bias")
@@ -105,9 +123,14 @@ class ScoreReader:
 
 def _need_outermost(here: Scores, node: Node, what: str) -> None:
     """Masks and biases are understood outside of a soft cap and of a scale that is a tensor, not inside."""
-    inside = "soft cap" if here.softcap is not None else "scale that is a tensor"
-    if here.softcap is not None or here.factors:
-        raise Reject(f"{what} inside a {inside} is not understood", node, len(here.path))
+    _need_uncapped(here, node, what)
+    if here.factors:
+        raise Reject(f"{what} inside a scale that is a tensor is not understood", node, len(here.path))
+
+
+def _need_uncapped(here: Scores, node: Node, what: str) -> None:
+    if here.softcap is not None:
+        raise Reject(f"{what} inside a soft cap is not understood", node, len(here.path))
 
 
 def _term(node: Node, dims: Dims, factor: float) -> Term:
@@ -152,21 +175,23 @@ def _div(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
     if len(node.args) > 2 or node.kwargs.get("rounding_mode"):
         raise Reject("scores are divided with rounding", node, len(here.path))
     number = constant(node.args[1])
-    if number is None or number == 0:
-        raise Reject("scores are divided by a tensor", node, len(here.path))
+    if number == 0:
+        raise Reject("scores are divided by zero", node, len(here.path))
+    if number is None:
+        return _by_tensor(reader, node, dims, here, [(input_node(node), node.args[1])], inverse=True)  # type: ignore[list-item]
     return reader.read(input_node(node), dims, replace(here, scale=here.scale / number))
 
 
 def _by_tensor(
-    reader: ScoreReader, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node]]
+    reader: ScoreReader, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node]], *, inverse: bool = False
 ) -> Scores:
-    """Scores times a tensor, or a size-dependent number: it becomes a factor on q, if it does not vary with the key."""
+    """Scores times (over) a tensor, or a size-dependent number: a factor on q, if it does not vary with the key."""
     reasons = []
     for scores, factor in sides:
         if not isinstance(scores.meta.get("val"), Tensor):
             continue
         factor_dims = broadcast_up(dims, shape_of(factor)) if isinstance(factor.meta.get("val"), Tensor) else ()
-        below = replace(here, factors=(*here.factors, Term(factor, factor_dims)))
+        below = replace(here, factors=(*here.factors, Term(factor, factor_dims, inverse=inverse)))
         try:
             return reader.read(scores, broadcast_up(dims, shape_of(scores)), below)
         except Reject as reject:
@@ -191,12 +216,23 @@ def _sum(reader: ScoreReader, node: Node, dims: Dims, here: Scores, sign: float)
     weight = sign * float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
     for scores, number in ((left, constant(right)), (right, constant(left))):
         if isinstance(scores, Node) and number is not None and number == number and abs(number) != float("inf"):
-            # The softmax of a row does not change when a number is added to all of it.
-            flipped = weight if scores is right else 1.0
-            return reader.read(scores, dims, replace(here, scale=here.scale * flipped))
+            return _shift(reader, scores, dims, here, number, weight, first=scores is left)
     if not (isinstance(left, Node) and isinstance(right, Node)):
         raise Reject("an infinite constant is added to the scores", node, len(here.path))
     return reader.either(node, dims, here, [(left, right, 1.0, weight), (right, left, weight, 1.0)])
+
+
+def _shift(
+    reader: ScoreReader, scores: Node, dims: Dims, here: Scores, number: float, weight: float, *, first: bool
+) -> Scores:
+    """scores + weight * number, or number + weight * scores: the same softmax as without the number.
+
+    What is filled in afterwards then lies lower by as much.
+    """
+    _need_uncapped(here, scores, "a number that is added")
+    shift = here.scale * number * (weight if first else 1.0)
+    fills = tuple(replace(fill, value=fill.value - shift) for fill in here.fills)
+    return reader.read(scores, dims, replace(here, scale=here.scale * (1.0 if first else weight), fills=fills))
 
 
 def _where(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
@@ -220,7 +256,8 @@ def _fill(
     reader: ScoreReader, node: Node, dims: Dims, here: Scores, scores: Node, condition: Node, value: float, hides: bool
 ) -> Scores:
     _need_outermost(here, node, "a mask")
-    fill = Fill(condition, broadcast_up(dims, shape_of(condition)), here.scale * value, hides)
+    dtype = node.meta["val"].dtype
+    fill = Fill(condition, broadcast_up(dims, shape_of(condition)), here.scale * value, hides, dtype)
     return reader.read(scores, broadcast_up(dims, shape_of(scores)), replace(here, fills=(*here.fills, fill)))
 
 

@@ -9,8 +9,9 @@ from torch.fx import Node
 
 from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Axes, Dims, Space, input_node, step_up
+from attnopt.passes.mask_writes import writes_after
 from attnopt.rule import Reject
-from attnopt.shadow import Shadow, mutates, written
+from attnopt.shadow import Shadow
 
 aten = torch.ops.aten
 
@@ -19,15 +20,16 @@ aten = torch.ops.aten
 class Operand:
     """How to get one canonical operand: the value of `node`, whose dimensions are `dims`, arranged and adjusted.
 
-    factor: multiplied onto it. times: further tensors, or scalars, multiplied onto it. rsqrt: it is divided by the
-    square root of the length of these axes. dtype: what it is cast to first (None: left as it is). negated: a boolean
-    operand is inverted. layout: its canonical dimensions, where its name does not tell them.
+    factor: multiplied onto it. times: further tensors, or scalars, multiplied onto it (`inverse`: dividing it). rsqrt:
+    it is divided by the square root of the length of these axes. dtype: what it is cast to first (None: left as it
+    is). negated: a boolean operand is inverted. layout: its canonical dimensions, where its name does not tell them.
     """
 
     node: Node
     dims: Dims
     factor: float = 1.0
     times: "tuple[Operand, ...]" = ()
+    inverse: bool = False
     rsqrt: Axes = ()
     dtype: torch.dtype | None = None
     negated: bool = False
@@ -128,11 +130,14 @@ def _batch_and_heads(space: Space, scores: Dims, shared: Sequence[object]) -> tu
 
 
 def peel(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float]:
-    """Above a query or key: through views, copies, broadcasts, upcasts and constant factors, to the tensor itself."""
+    """Above a query or key: through views, copies, broadcasts, upcasts and constant factors, to the tensor itself.
+
+    A copy that is written to afterwards is not what it was copied from.
+    """
     factor = 1.0
     while True:
         step = _peel_one(space, node, dims)
-        if step is None:
+        if step is None or (_storage(step[0]) != _storage(node) and writes_after(node, None)):
             return node, space.resolve(dims), factor
         node, dims, number = step
         factor *= number
@@ -181,17 +186,12 @@ def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtyp
     return result
 
 
-def check_unmutated(shadow: Shadow, operands: Mapping[str, Operand], root: Node) -> None:
+def check_unmutated(operands: Mapping[str, Operand], root: Node) -> None:
     """Operands must hold the same value at the root as where they were made."""
-    storages = {_storage(o.node): name for name, o in operands.items()}
-    first = min(shadow.order[o.node] for o in operands.values())
-    for node in shadow.nodes[first : shadow.order[root]]:
-        if not mutates(node):
-            continue
-        for target in written(node):
-            name = storages.get(_storage(target))
-            if name is not None and shadow.order[node] > shadow.order[operands[name].node]:
-                raise Reject(f"{name} is written to in place before the attention uses it", node)
+    for name, operand in operands.items():
+        for part in (operand, *operand.times):
+            for late in writes_after(part.node, root):
+                raise Reject(f"{name} is written to in place before the attention uses it", late)
 
 
 def _storage(node: Node) -> int | None:

@@ -123,7 +123,7 @@ def _factor(space: Space, roles: Roles, term: Term) -> Operand:
     dims = space.resolve(term.dims)
     if {a for axes in dims for a in axes} - {*roles.batch, *roles.heads, *roles.query}:
         raise Reject("the scores are multiplied by a tensor that varies along the keys", term.node)
-    return Operand(term.node, dims, term.factor)
+    return Operand(term.node, dims, term.factor, inverse=term.inverse)
 
 
 def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, root: Node) -> AttentionSpec:
@@ -147,7 +147,7 @@ def _check(shadow: Shadow, operands: Mapping[str, Operand], spec: AttentionSpec,
     if set(operands) != set(spec.operand_names()):
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", frame.root)
     check_inside(shadow, frame.interior, frame.root)
-    check_unmutated(shadow, operands, frame.root)
+    check_unmutated(operands, frame.root)
 
 
 RULE = SoftmaxRule()

@@ -1,8 +1,10 @@
 """Puts the chosen call into the original graph, in the place of the site's root, and removes what it made unnecessary."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -13,32 +15,70 @@ from attnopt.shadow import Shadow, fake_mode, mutates
 from attnopt.spec import AttentionSpec
 
 
-def trace_call(site: Site, spec: AttentionSpec, run: emit.Run) -> GraphModule:
+aten = torch.ops.aten
+
+#: Operations that keep the memory of their input.
+_STRIDED = frozenset(
+    {
+        aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,
+        aten.select.int, aten.alias.default, aten.t.default, aten.mT.default, aten.to.dtype, aten.detach.default,
+    }
+)  # fmt: skip
+
+
+#: Operations that fail, or see other elements, on another memory layout.
+_VIEWED = frozenset(
+    {
+        aten.view.default, aten.view.dtype, aten.view_as.default, aten._reshape_alias.default, aten.as_strided.default,
+        aten.view_as_complex.default,
+    }
+)  # fmt: skip
+
+
+def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -> GraphModule:
     """The call as ATen under the site's own fake values. Raises Reject if its output would not fit the root's."""
     values = [node.meta["val"] for node in emit.leaves(site)]
     with fake_mode(values):
-        traced = make_fx(
-            lambda *args: emit.call(site, spec, run, args), pre_dispatch=True, _allow_non_fake_inputs=True
-        )(*values)
+        called = _call_as_laid_out(shadow, site, spec, run)
+        traced = make_fx(called, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     made, wanted = _result(traced).meta["val"], site.root.meta["val"]
     if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape):
         raise Reject(f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", site.root)
     return traced
 
 
-def splice(shadow: Shadow, site: Site, traced: GraphModule) -> None:
-    """Inserts the traced call and gives its value to every user of the root."""
+def _call_as_laid_out(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -> Callable[..., Tensor]:
+    """The call; where its memory layout shows (a `view` follows, or the graph returns it), laid out as the root."""
+    if not _shows_layout(shadow, site.root):
+        return lambda *values: emit.call(site, spec, run, values)
+    if not site.root.meta["val"].is_contiguous():
+        raise Reject("what follows depends on a memory layout which the kernel does not give", site.root)
+    return lambda *values: emit.call(site, spec, run, values).contiguous()
+
+
+def _shows_layout(shadow: Shadow, node: Node) -> bool:
+    """Whether the value, or a permutation of it, is viewed without a copy in between, or leaves the graph."""
+    return node in shadow.results or any(
+        user.target in _VIEWED or (user.target in _STRIDED and _shows_layout(shadow, user)) for user in node.users
+    )
+
+
+def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, Node]) -> None:
+    """Inserts the traced call and gives its value to every user of the root.
+
+    values: shadow node -> the original node with its value, as the splices so far have left the graph; is updated.
+    """
     graph = shadow.original.graph
     targets = [node for node, value in shadow.outputs.items() if value is site.root]
     place = targets[0] if targets else _enclosing(shadow, site.root)
     with graph.inserting_before(place):
-        editor = _Editor(shadow, graph)
+        editor = _Editor(graph, values)
         arguments = [editor.copy(node) for node in emit.leaves(site)]
         value = _inline(graph, traced, arguments, place)
+        values[site.root] = value
         if targets:
             place.replace_all_uses_with(value)
         else:
-            editor.known[site.root] = value
             _expand(shadow, editor, place)
 
 
@@ -61,14 +101,14 @@ def _enclosing(shadow: Shadow, root: Node) -> Node:
 class _Editor:
     """Copies shadow nodes into the original graph where it has no node with their value."""
 
-    def __init__(self, shadow: Shadow, graph: Graph) -> None:
-        self.shadow = shadow
+    def __init__(self, graph: Graph, values: Mapping[Node, Node]) -> None:
         self.graph = graph
+        self.values = values
         self.known: dict[Node, Node] = {}
 
     def copy(self, node: Node) -> Node:
         """The original node with the value of a shadow node, made if need be."""
-        original = self.shadow.value_of.get(node)
+        original = self.values.get(node)
         if original is not None:
             return original
         if node not in self.known:

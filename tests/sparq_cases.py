@@ -117,7 +117,9 @@ def answer(request: Request, positions: Tensor | None, dtype: torch.dtype) -> Te
         if decision is None:
             continue
         chosen = range(sk) if positions is None else positions[b, h].tolist()
-        scores = torch.stack([approximate(x, k[b, h], decision.channels, kept[b], request.scale) for x in q[b, h]])
+        scores = torch.stack(
+            [approximate(x, k[b, h], decision.channels, kept[b], request.scale) for x in q[b, h]]
+        )
         mine = Decision(decision.channels, [p for p in chosen if kept[b, p]], scores)
         is_blended = request.mean_value and len(mine.positions) < int(kept[b].sum())
         mean = v[b, h][kept[b]].double().mean(0).to(dtype) if is_blended else None
@@ -134,7 +136,11 @@ def yardstick(request: Request, positions: Tensor | None, dtype: torch.dtype) ->
     turned = replace(request, q=request.q.flip(-1), k=request.k.flip(-1), k_t=None)
     backwards = (torch.arange(request.k.shape[2]) if positions is None else positions).flip(-1)
     backwards = backwards.expand(*request.k.shape[:2], -1)
-    drawn = [answer(request, positions, dtype), answer(turned, positions, dtype), answer(request, backwards, dtype)]
+    drawn = [
+        answer(request, positions, dtype),
+        answer(turned, positions, dtype),
+        answer(request, backwards, dtype),
+    ]
     worst = torch.stack([(x - want).norm(dim=-1) for x in drawn]).argmax(0)
     return torch.stack(drawn).gather(0, worst[None, ..., None].expand(1, *want.shape))[0]
 
@@ -162,16 +168,19 @@ def score_error(request: Request) -> list[float]:
 
 def assert_scores(request: Request, scores: Tensor) -> None:
     """The approximate scores (B, Hkv, G, Sk) are those of the definition, as well as fp32 can have them."""
-    for mine, decision, error in zip(scores.flatten(0, 1).cpu(), decisions(request), score_error(request), strict=True):
+    errors, rows = score_error(request), scores.flatten(0, 1).cpu()
+    for mine, decision, error in zip(rows, decisions(request), errors, strict=True):
         want = torch.zeros_like(mine).double() if decision is None else decision.scores
         torch.testing.assert_close(mine.double(), want, rtol=error, atol=1e-37)
 
 
 def assert_legal(request: Request, positions: Tensor) -> None:
-    """The chosen positions (B, Hkv, topk) differ, hold the best that is kept, by value to fp32, and all that is local."""
+    """The chosen positions (B, Hkv, topk) differ, hold all that is local, and the best that is kept as fp32 sees it."""
     kept = kept_rows(request).repeat_interleave(positions.shape[1], 0)
     chosen = positions.flatten(0, 1).cpu()
-    for decision, mine, seen, error in zip(decisions(request), chosen, kept, score_error(request), strict=True):
+    for decision, mine, seen, error in zip(
+        decisions(request), chosen, kept, score_error(request), strict=True
+    ):
         assert len(set(mine.tolist())) == len(mine) == request.topk
         if decision is None:
             continue

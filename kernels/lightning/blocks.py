@@ -35,7 +35,9 @@ class Block:
 class Factors:
     """Decay within the chunks of a block, broadcastable to (B, H, count, rows, columns). None stands for 1."""
 
-    pairs: Tensor  # (C, C): exp(G_a - G_b) where a >= b, else 0; G is the running sum of log decay in the chunk
+    pairs: (
+        Tensor  # (C, C): exp(G_a - G_b) where a >= b, else 0; G is the running sum of log decay in the chunk
+    )
     since: Tensor | None  # (C, 1): exp(G_a), from the state entering the chunk to row a
     until: Tensor | None  # (C, 1): exp(G_C - G_a), from row a to the state leaving the chunk
     total: Tensor | None  # (1, 1): exp(G_C)
@@ -58,7 +60,9 @@ def split(length: int, chunk: int, heads: int) -> list[Block]:
 def decays(log_decay: Tensor | None, blocks: Sequence[Block], like: Tensor) -> list[Factors]:
     """The factors of each block, in the dtype and on the device of `like`; equal ones are shared."""
     if log_decay is None:
-        shared = {c: Factors(like.new_ones(c, c).tril_(), None, None, None) for c in {b.chunk for b in blocks}}
+        shared = {
+            c: Factors(like.new_ones(c, c).tril_(), None, None, None) for c in {b.chunk for b in blocks}
+        }
         return [shared[b.chunk] for b in blocks]
     if log_decay.dim() == 1:
         shared = {c: _head_factors(log_decay, c, like) for c in {b.chunk for b in blocks}}
@@ -70,7 +74,9 @@ def _head_factors(log_decay: Tensor, chunk: int, like: Tensor) -> Factors:
     """A fixed decay per head, log_decay (H,): exponents are g times a distance, so nothing cancels."""
     g = log2_decay(log_decay).to(like.dtype).view(1, -1, 1, 1, 1)
     age = torch.arange(1, chunk + 1, device=like.device, dtype=like.dtype)[:, None]
-    return Factors(_pairs(g * (age - age.mT)), (g * age).exp2(), (g * (chunk - age)).exp2(), (g * chunk).exp2())
+    return Factors(
+        _pairs(g * (age - age.mT)), (g * age).exp2(), (g * (chunk - age)).exp2(), (g * chunk).exp2()
+    )
 
 
 def _token_factors(log_decay: Tensor, like: Tensor) -> Factors:

@@ -23,7 +23,9 @@ def check_attention(
     if causal and q.shape[2] != k.shape[2]:
         raise ShapeError(f"{found}; causal attention wants Sq == Sk: pass earlier keys as initial_state")
     if not causal and log_decay is not None:
-        raise UnsupportedError("decay without causal order has no meaning here; wanted log_decay=None or causal=True")
+        raise UnsupportedError(
+            "decay without causal order has no meaning here; wanted log_decay=None or causal=True"
+        )
     _check_decay(log_decay, q, (q.shape[0], q.shape[1], q.shape[2]))
     _check_state(initial_state, "initial_state", q, v)
 
@@ -33,7 +35,9 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor
     _check_kinds({"q": q, "k": k, "v": v})
     found = _sizes(q, k, v)
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
-        raise ShapeError(f"{found}; wanted q (B, H, D), k (B, Hkv, D), v (B, Hkv, Dv), without a time dimension")
+        raise ShapeError(
+            f"{found}; wanted q (B, H, D), k (B, Hkv, D), v (B, Hkv, Dv), without a time dimension"
+        )
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or k.shape[:2] != v.shape[:2]:
         raise ShapeError(f"{found}; wanted one B and D in q and k, one B and Hkv in k and v")
     _check_groups(q, k, found)
@@ -73,7 +77,9 @@ def _check_state(state: Tensor | None, name: str, q: Tensor, v: Tensor) -> None:
     shape, dtype = (q.shape[0], q.shape[1], q.shape[-1], v.shape[-1]), state_dtype(q.dtype)
     if tuple(state.shape) != shape or state.dtype != dtype or state.device != q.device:
         found = f"{name} {tuple(state.shape)} {state.dtype} on {state.device}"
-        raise ShapeError(f"{found}; wanted {shape} {dtype} on {q.device}: (B, H, D, Dv), one state per query head")
+        raise ShapeError(
+            f"{found}; wanted {shape} {dtype} on {q.device}: (B, H, D, Dv), one state per query head"
+        )
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> str:

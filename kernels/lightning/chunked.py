@@ -38,8 +38,14 @@ def forward(
     state = starting_state(q, v, initial_state)
     blocks = split(q.shape[2], chunk, q.shape[0] * q.shape[1])
     for block, factors in zip(blocks, decays(log_decay, blocks, state), strict=True):
-        query, key, value = _cut(q, block, q.shape[1]) * scale, _cut(k, block, q.shape[1]), _cut(v, block, q.shape[1])
-        entering, state = _scan(_times(key, factors.until).mT @ value, factors.total, state, range(block.count))
+        query, key, value = (
+            _cut(q, block, q.shape[1]) * scale,
+            _cut(k, block, q.shape[1]),
+            _cut(v, block, q.shape[1]),
+        )
+        entering, state = _scan(
+            _times(key, factors.until).mT @ value, factors.total, state, range(block.count)
+        )
         o = ((query @ key.mT).mul_(factors.pairs)) @ value
         out[:, :, block.rows] = _add_product(o, _times(query, factors.since), entering).flatten(2, 3)
     return out, state
@@ -68,7 +74,9 @@ def backward(
     checkpoints = _checkpoints(k, v, state, blocks, factors)
     grads = _empty_gradients(q, k, v, starting_state(q, v, d_state), with_log_decay=with_log_decay)
     arriving = grads.initial_state
-    for block, factor, entering in zip(reversed(blocks), reversed(factors), reversed(checkpoints), strict=True):
+    for block, factor, entering in zip(
+        reversed(blocks), reversed(factors), reversed(checkpoints), strict=True
+    ):
         tiles = tuple(_cut(x, block, q.shape[1]) for x in (q, k, v, d_out))
         arriving = _block_backward(tiles, factor, entering, arriving, scale, block, grads)
     grads.initial_state.copy_(arriving)
@@ -120,7 +128,7 @@ def _block_backward(
     """Writes the block's rows of all gradients; returns the gradient at the state that enters the block."""
     q, k, v, d_o = tiles
     q = q * scale
-    states, leaving = _scan(_times(k, f.until).mT @ v, f.total, entering, range(block.count))
+    states, _ = _scan(_times(k, f.until).mT @ v, f.total, entering, range(block.count))
     outer, before = _scan(_times(q, f.since).mT @ d_o, f.total, arriving, reversed(range(block.count)))
     d_scores = (d_o @ v.mT).mul_(f.pairs)
     dq = _add_product(d_scores @ k, _times(d_o, f.since), states.mT)
@@ -151,7 +159,7 @@ def _step_gradient(pairs: Tensor, since: Tensor, until: Tensor, through: Tensor)
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, with_log_decay: bool) -> Gradients:
     rows = state.new_empty(q.shape[:3] if with_log_decay else 0)
-    return Gradients(*(x.new_empty(x.shape) for x in (q, k, v)), rows, state)
+    return Gradients(q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), rows, state)
 
 
 def _cut(x: Tensor, block: Block, heads: int) -> Tensor:

@@ -8,7 +8,7 @@ from attnopt.kernels.lightning.shapes import Gradients, repeat_heads, starting_s
 def forward(
     q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Every query sees every key, without decay: o = scale * q S with S = S_0 + k^T v. Shapes as in `chunked.forward`, but Sq and Sk may differ."""
+    """o = scale * q S with S = S_0 + k^T v; shapes as in `chunked.forward`, but Sq and Sk may differ."""
     state = starting_state(q, v, initial_state)
     query, key, value = _whole(q, q.shape[1]), _whole(k, q.shape[1]), _whole(v, q.shape[1])
     state += key.mT @ value

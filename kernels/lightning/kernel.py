@@ -1,4 +1,4 @@
-"""Lightning Attention as a kernel for linear sites: causal with or without decay, or full; exact, forward and backward."""
+"""Lightning Attention as a kernel for linear sites: causal with or without decay, or full; exact, differentiable."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attnopt.errors import UnsupportedError
 from attnopt.kernels.lightning.checks import DTYPES
 from attnopt.kernels.lightning.chunked import CHUNK
 from attnopt.kernels.lightning.op import lightning_attention
@@ -49,15 +50,20 @@ class LightningKernel:
     def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         """One call of lightning_attention; a normaliser is a second one, with a single column of ones as values."""
         form = band(spec.mask)
-        assert form is not None, f"mask {spec.mask} was refused"
+        if form is None or not _is_simple(form):
+            raise UnsupportedError(f"mask {spec.mask}; wanted full or causal, with or without key padding")
         q, v, log_decay = operands["q"], operands["v"], operands.get("log_decay")
         k = _without_padding(operands["k"], operands[form.padding] if form.padding else None)
         causal = form.offset is not None
         out = lightning_attention(q, k, v, log_decay=log_decay, scale=spec.scale, causal=causal)
         if spec.normaliser is None:
             return out
-        ones = v.new_ones(1).expand(*v.shape[:3], 1)
-        total = lightning_attention(q, k, ones, log_decay=log_decay, scale=spec.scale, causal=causal)
+        # In fp32: a rounded sum would add its error to every element of a row alike.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        ones = v.new_ones(1, dtype=wide).expand(*v.shape[:3], 1)
+        total = lightning_attention(
+            q.to(wide), k.to(wide), ones, log_decay=log_decay, scale=spec.scale, causal=causal
+        )
         return (out / _denominator(total, spec.normaliser)).to(out.dtype)
 
 
@@ -76,8 +82,7 @@ def _without_padding(k: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _denominator(total: Tensor, normaliser: Normaliser) -> Tensor:
-    """sum(w) + eps, or max(|sum(w)|, floor), (B, H, Sq, 1), in at least fp32."""
-    total = total.to(torch.promote_types(total.dtype, torch.float32))
+    """sum(w) + eps, or max(|sum(w)|, floor), (B, H, Sq, 1)."""
     return total + normaliser.eps if normaliser.floor is None else total.abs().clamp_min(normaliser.floor)
 
 

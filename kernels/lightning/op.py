@@ -1,4 +1,4 @@
-"""The custom ops `attnopt::lightning_attention` (differentiable) and `attnopt::lightning_step`, and their public faces."""
+"""The custom ops `attnopt::lightning_attention` (differentiable) and `lightning_step`, and their public faces."""
 
 from importlib.util import find_spec
 from typing import Any, Literal, overload
@@ -68,8 +68,9 @@ def lightning_attention(
     causal: query t sees keys <= t, and Sq == Sk. False: every query sees every key, Sq and Sk are free, no decay.
 
     Returns o (B, H, Sq, Dv) in q's dtype, contiguous; with `return_state` (o, state). Sums and states are held in fp32
-    (fp64 for fp64). Differentiable once in q, k, v, log_decay and initial_state, through o and the state; deterministic.
-    On CUDA Triton kernels serve causal fp32, bf16 and fp16 with D and Dv <= 256; all else takes the torch path.
+    (fp64 for fp64). Differentiable once in q, k, v, log_decay and initial_state, through o and the state.
+    Deterministic. On CUDA Triton kernels serve causal fp32, bf16 and fp16 with D and Dv <= 256; all else takes the
+    torch path.
 
     Raises ShapeError (operands do not fit) and UnsupportedError (decay without causal order, integer dtypes).
     """
@@ -82,8 +83,8 @@ def lightning_step(
 ) -> Tensor:
     """One token of causal `lightning_attention`; updates `state` in place.
 
-    q: (B, H, D); k: (B, Hkv, D); v: (B, Hkv, Dv); state: (B, H, D, Dv) fp32 (fp64 for fp64), any strides without overlap;
-    log_decay: None, (H,) or (B, H), natural logarithm, <= 0. Returns o (B, H, Dv) in q's dtype.
+    q: (B, H, D); k: (B, Hkv, D); v: (B, Hkv, Dv); state: (B, H, D, Dv) fp32 (fp64 for fp64), any strides without
+    overlap; log_decay: None, (H,) or (B, H), natural logarithm, <= 0. Returns o (B, H, Dv) in q's dtype.
 
     Raises ShapeError (operands do not fit) and UnsupportedError (gradients: the old state is gone; use no_grad).
     """

@@ -1,4 +1,4 @@
-"""The backward of causal linear attention on Triton: three sweeps, each with its state in fp32, each output stored once.
+"""The backward of causal linear attention on Triton: three sweeps, states in fp32, each gradient stored once.
 
 With dO for the gradient of the output (arXiv 2401.04658, Algorithm 2, and the state's gradient beside it):
 
@@ -10,20 +10,14 @@ Every product is taken directly in the orientation in which it is needed: no acc
 product (https://github.com/fla-org/flash-linear-attention/pull/826).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from attnopt.kernels.lightning.shapes import Gradients, sum_groups
-from attnopt.kernels.lightning.triton_sweep import (
-    Decay,
-    Swept,
-    Tiles,
-    choose_tiles,
-    chunk_rows,
-    prepare_decay,
-    processors_of,
-    sweep,
-)
+from attnopt.kernels.lightning.triton_sweep import Swept, prepare_decay, sweep
+from attnopt.kernels.lightning.triton_tiles import Tiles, chunk_rows
 
 
 def backward(
@@ -40,13 +34,14 @@ def backward(
     tiles: Tiles | None = None,
 ) -> Gradients:
     """Gradients of `triton_forward.forward`; shapes and results as in `chunked.backward`. `tiles` overrides."""
-    decay = prepare_decay(log_decay, tiles.chunk if tiles else chunk_rows(q.shape[2], q.dtype))
+    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
+    run = partial(sweep, decay=prepare_decay(log_decay, chunk), scale=scale, tiles=tiles)
     state_t, d_state_t = (None if s is None else s.mT for s in (initial_state, d_state))
     kv_dtype = q.dtype if q.shape[1] == k.shape[1] else torch.float32
     own_q, own_k = (q, k) if with_log_decay else (None, None)
-    dq = _sweep(d_out, v, k, decay, scale, tiles, entering=state_t, reverse=False, out_dtype=q.dtype, own=own_q)
-    dk = _sweep(v, d_out, q, decay, scale, tiles, entering=d_state_t, reverse=True, out_dtype=kv_dtype, own=own_k)
-    dv = _sweep(k, q, d_out, decay, scale, tiles, entering=d_state, reverse=True, out_dtype=kv_dtype, own=None)
+    dq = run(d_out, v, k, reverse=False, entering=state_t, out_dtype=q.dtype, own=own_q)
+    dk = run(v, d_out, q, reverse=True, entering=d_state_t, out_dtype=kv_dtype, own=own_k)
+    dv = run(k, q, d_out, reverse=True, entering=d_state, out_dtype=kv_dtype)
     return Gradients(
         dq.out,
         sum_groups(dk.out, k.shape[1]).to(k.dtype),
@@ -56,30 +51,8 @@ def backward(
     )
 
 
-def _sweep(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    decay: Decay,
-    scale: float,
-    tiles: Tiles | None,
-    *,
-    entering: Tensor | None,
-    reverse: bool,
-    out_dtype: torch.dtype,
-    own: Tensor | None,
-) -> Swept:
-    heads = x.shape[0] * max(x.shape[1], y.shape[1], z.shape[1])
-    tiles = tiles or choose_tiles(heads, x.shape[2], x.shape[3], z.shape[3], x.dtype, processors_of(x))
-    return sweep(
-        x, y, z, decay=decay, scale=scale, reverse=reverse, entering=entering, out_dtype=out_dtype, own=own, tiles=tiles
-    )
-
-
 def _step_gradient(dq: Swept, dk: Swept, d_state: Tensor | None) -> Tensor:
     """d log_decay (B, H, S): sum over s >= t of q_s . dq_s - k_s . dk_s, plus <S_n, dS_n>; summed in fp64."""
-    assert dq.row_dots is not None
-    assert dk.row_dots is not None
     steps = (dq.row_dots.double() - dk.row_dots.double()).flip(-1).cumsum(-1).flip(-1)
     if d_state is not None:
         steps += (dq.state.mT * d_state).sum((-2, -1), dtype=torch.float64)[..., None]

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from attnopt.kernels.lightning.triton_sweep import Tiles, choose_tiles, prepare_decay, processors_of, sweep
+from attnopt.kernels.lightning.triton_sweep import prepare_decay, sweep
+from attnopt.kernels.lightning.triton_tiles import Tiles, chunk_rows
 
 
 def forward(
@@ -18,10 +19,10 @@ def forward(
 
     q, k, v fp32, bf16 or fp16 with D and Dv <= 256, any strides. `tiles` overrides the choice by shape.
     """
-    heads, length = q.shape[0] * q.shape[1], q.shape[2]
-    tiles = tiles or choose_tiles(heads, length, q.shape[3], v.shape[3], q.dtype, processors_of(q))
-    decay = prepare_decay(log_decay, tiles.chunk)
+    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
     swept = sweep(
-        q, k, v, decay=decay, scale=scale, reverse=False, entering=initial_state, out_dtype=q.dtype, tiles=tiles
-    )
+        q, k, v,
+        decay=prepare_decay(log_decay, chunk), scale=scale, reverse=False, entering=initial_state,
+        out_dtype=q.dtype, tiles=tiles,
+    )  # fmt: skip
     return swept.out, swept.state

@@ -17,48 +17,101 @@ from torch import Tensor
 
 from attnopt.kernels._triton import dot, dot_precision, next_power_of_two, offset, on_device_of
 from attnopt.kernels.lightning.blocks import LEAST_LOG_DECAY, LOG2E, log2_decay
-
-#: The widest key or value that a program's state tile can hold.
-MAX_DIM = 256
+from attnopt.kernels.lightning.triton_tiles import Tiles, choose_tiles, processors_of
 
 _LEAST = tl.constexpr(LEAST_LOG_DECAY)
 _LOG2E = tl.constexpr(LOG2E)
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """How one sweep is cut: rows of a chunk, columns of z per program, segments of the sequence; warps and stages."""
-
-    chunk: int
-    columns: int
-    segments: int
-    warps: int = 4
-    stages: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Decay:
-    """Log decay to base 2 as the kernel reads it.
-
-    kind 0: none. kind 1: `high` is (H,), natural log. kind 2: `high + low` is the running sum inside each chunk,
-    (B, H, whole chunks), split in two so that differences of long sums keep their digits.
-    """
-
-    kind: int
-    high: Tensor | None = None
-    low: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Swept:
     """out (B, H, S, DZ); state (B, H, DX, DZ) fp32 after the last chunk.
 
-    row_dots (B, H, S): rows of out . own, without what each row takes from its own position.
+    row_dots (B, H, S): rows of out . own, without what each row takes from its own position; zeros without `own`.
     """
 
     out: Tensor
     state: Tensor
-    row_dots: Tensor | None
+    row_dots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decay:
+    """Log decay as the kernel reads it, with chunks of `chunk` rows.
+
+    Per head: `high` is log_decay (H,), or None for no decay. Per token: `high + low` (B, H, whole chunks) fp32 is its
+    running sum inside each chunk, to base 2, in two parts so that differences of long sums keep their digits.
+    """
+
+    chunk: int
+    high: Tensor | None = None
+    low: Tensor | None = None
+
+    @property
+    def stride(self) -> int:
+        """Elements from one head to the next."""
+        if self.high is None:
+            return 0
+        return self.high.stride(0) if self.low is None else self.high.shape[-1]
+
+
+def prepare_decay(log_decay: Tensor | None, chunk: int) -> Decay:
+    """`log_decay` None, (H,) or (B, H, S), as the kernel reads it."""
+    if log_decay is None or log_decay.dim() == 1:
+        return Decay(chunk, log_decay)
+    rest = -log_decay.shape[-1] % chunk
+    steps = torch.nn.functional.pad(log2_decay(log_decay), (0, rest))
+    run = steps.unflatten(-1, (-1, chunk)).cumsum(-1).flatten(-2)
+    high = run.float()
+    return Decay(chunk, high, (run - high).float())
+
+
+@triton.jit
+def _address(ptr, stride_b, stride_h, stride_s, stride_d, b, h, rows, columns):
+    """Addresses of a tile of one head; rows and columns come shaped (n, 1) and (1, m), or turned."""
+    return (
+        ptr + offset(b, stride_b) + offset(h, stride_h) + offset(rows, stride_s) + offset(columns, stride_d)
+    )
+
+
+@triton.jit
+def _head_decay(high_ptr, stride, h, PER_TOKEN: tl.constexpr):
+    """The log decay of a head to base 2; 0 where there is none, or one per token."""
+    g = 0.0
+    if high_ptr is not None and not PER_TOKEN:
+        g = tl.load(high_ptr + h * stride).to(tl.float32)
+        g = tl.maximum(g, _LEAST, propagate_nan=tl.PropagateNan.ALL) * _LOG2E
+    return g
+
+
+@triton.jit
+def _running_decay(
+    high_ptr, low_ptr, stride, bh, chunk, position, PER_TOKEN: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The two parts of the running log decay at `position` in the chunk; zeros when decay is per head."""
+    high = tl.zeros_like(position).to(tl.float32)
+    low = high
+    if PER_TOKEN:
+        at = offset(bh, stride) + chunk * CHUNK + position
+        high = tl.load(high_ptr + at)
+        low = tl.load(low_ptr + at)
+    return high, low
+
+
+@triton.jit
+def _pair_weights(a, g, high, low, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr):
+    """2^(log decay from b to a) for row a, column b; 0 where b is later (in reverse: earlier), masked before exp2."""
+    row = a[:, None]
+    column = a[None, :]
+    if PER_TOKEN:
+        exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        exponent = -exponent if REVERSE else exponent
+    else:
+        exponent = g * tl.abs(row - column)
+    keep = row <= column if REVERSE else row >= column
+    if STRICT:
+        keep = keep & (row != column)
+    return tl.exp2(tl.where(keep, exponent, float("-inf")))
 
 
 @triton.jit
@@ -73,7 +126,7 @@ def _sweep_kernel(
     leave_ptr, leave_sh, leave_sw, logs_ptr,
     scale, H, S, x_share, y_share, z_share, own_share, chunks_each, segments, first_segment, launched, slices,
     DX: tl.constexpr, DZ: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Z: tl.constexpr, CHUNK: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr,
+    PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr, STATE_DTYPE: tl.constexpr, STATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Slices of one segment are neighbours on the grid: they read the same rows while these are in L2.
@@ -90,98 +143,63 @@ def _sweep_kernel(
     in_x = dx < DX
     in_z = dz < DZ
     in_state = in_x[:, None] & in_z[None, :]
-    x_base = x_ptr + offset(b, x_sb) + offset(h // x_share, x_sh) + offset(dx, x_sd)[None, :]
-    y_base = y_ptr + offset(b, y_sb) + offset(h // y_share, y_sh) + offset(dx, y_sd)[:, None]
-    z_base = z_ptr + offset(b, z_sb) + offset(h // z_share, z_sh) + offset(dz, z_sd)[None, :]
 
     state = tl.zeros((BLOCK_X, BLOCK_Z), dtype=tl.float32)
     if OUTPUT and enter_ptr is not None:
-        enter = enter_ptr + offset(bh, enter_sh) + offset(segment, enter_sw)
-        state = tl.load(enter + offset(dx, enter_sx)[:, None] + offset(dz, enter_sz)[None, :], mask=in_state, other=0.0)
-    if DECAY == 1:
-        g = tl.load(high_ptr + h * decay_stride).to(tl.float32)
-        g = tl.maximum(g, _LEAST, propagate_nan=tl.PropagateNan.ALL) * _LOG2E
-    if REVERSE:
-        keep = a[:, None] <= a[None, :]
-    else:
-        keep = a[:, None] >= a[None, :]
-    own_pair = a[:, None] == a[None, :]
-    if own_ptr is not None:
-        keep = keep & (a[:, None] != a[None, :])
+        at_enter = _address(
+            enter_ptr, enter_sh, enter_sw, enter_sx, enter_sz, bh, segment, dx[:, None], dz[None, :]
+        )
+        state = tl.load(at_enter, mask=in_state, other=0.0)
+    g = _head_decay(high_ptr, decay_stride, h, PER_TOKEN)
     decayed = 0.0
 
     first = segment * chunks_each
     count = tl.minimum(chunks_each, tl.cdiv(S, CHUNK) - first)
-    for i in range(0, count):
-        chunk = first + i
-        if REVERSE:
-            chunk = first + count - 1 - i
+    for i in range(count):
+        chunk = first + (count - 1 - i if REVERSE else i)
         rows = chunk * CHUNK + a
         live = rows < S
-        yt = tl.load(y_base + offset(rows, y_ss)[None, :], mask=in_x[:, None] & live[None, :], other=0.0)
-        z = tl.load(z_base + offset(rows, z_ss)[:, None], mask=live[:, None] & in_z[None, :], other=0.0)
+        at_y = _address(y_ptr, y_sb, y_sh, y_ss, y_sd, b, h // y_share, rows[None, :], dx[:, None])
+        yt = tl.load(at_y, mask=in_x[:, None] & live[None, :], other=0.0)
+        at_z = _address(z_ptr, z_sb, z_sh, z_ss, z_sd, b, h // z_share, rows[:, None], dz[None, :])
+        in_out = live[:, None] & in_z[None, :]
+        z = tl.load(at_z, mask=in_out, other=0.0)
 
-        # Exponents: since the state entered the chunk, until it leaves, and over the whole chunk of m real rows.
-        if DECAY == 1:
-            m = tl.minimum(S - chunk * CHUNK, CHUNK)
-            since = g * (a + 1)
-            until = g * tl.maximum(m - 1 - a, 0)
-            total = g * m
-        if DECAY == 2:
-            at = offset(bh, decay_stride) + chunk * CHUNK
-            high = tl.load(high_ptr + at + a)
-            low = tl.load(low_ptr + at + a)
-            last_high = tl.load(high_ptr + at + CHUNK - 1)
-            last_low = tl.load(low_ptr + at + CHUNK - 1)
-            since = high + low
-            until = (last_high - high) + (last_low - low)
-            total = last_high + last_low
+        # Log decay since the state entered the chunk, until it leaves, and over the whole chunk of m real rows.
+        m = tl.minimum(S - chunk * CHUNK, CHUNK)
+        high, low = _running_decay(high_ptr, low_ptr, decay_stride, bh, chunk, a, PER_TOKEN, CHUNK)
+        last_high, last_low = _running_decay(
+            high_ptr, low_ptr, decay_stride, bh, chunk, m - 1, PER_TOKEN, CHUNK
+        )  # fmt: skip
+        since = g * (a + 1) + (high + low)
+        until = g * tl.maximum(m - 1 - a, 0) + ((last_high - high) + (last_low - low))
+        total = g * m + (last_high + last_low)
 
         if OUTPUT:
-            x = tl.load(x_base + offset(rows, x_ss)[:, None], mask=live[:, None] & in_x[None, :], other=0.0)
+            at_x = _address(x_ptr, x_sb, x_sh, x_ss, x_sd, b, h // x_share, rows[:, None], dx[None, :])
+            x = tl.load(at_x, mask=live[:, None] & in_x[None, :], other=0.0)
             out = dot(x.to(STATE_DTYPE), state.to(STATE_DTYPE), STATE_PRECISION)
-            if REVERSE:
-                if DECAY:
-                    out = out * tl.exp2(until)[:, None]
-            elif DECAY:
-                out = out * (tl.exp2(since) * scale)[:, None]
-            else:
-                out = out * scale
+            out *= (tl.exp2(until) if REVERSE else tl.exp2(since) * scale)[:, None]
             scores = dot(x, yt, PRECISION) * scale
-            if own_ptr is not None:
-                diagonal = tl.sum(tl.where(own_pair, scores, 0.0), axis=1)
-            if DECAY == 0:
-                scores = tl.where(keep, scores, 0.0)
-            else:
-                if DECAY == 1:
-                    exponent = g * tl.abs(a[:, None] - a[None, :])
-                else:
-                    exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-                    if REVERSE:
-                        exponent = -exponent
-                scores = scores * tl.exp2(tl.where(keep, exponent, float("-inf")))
-            out += dot(scores.to(z.dtype), z, PRECISION)
-            in_out = live[:, None] & in_z[None, :]
+            weights = _pair_weights(a, g, high, low, PER_TOKEN, REVERSE, own_ptr is not None)
+            out += dot((scores * weights).to(z.dtype), z, PRECISION)
             if own_ptr is not None:
                 # A token's pair with itself weighs the same in both gradients: left out, so as not to cancel later.
-                at_own = own_ptr + offset(b, own_sb) + offset(h // own_share, own_sh) + offset(rows, own_ss)[:, None]
-                own = tl.load(at_own + offset(dz, own_sd)[None, :], mask=in_out, other=0.0).to(tl.float32)
-                at_dots = dots_ptr + offset(part * heads + bh, S) + rows
-                tl.store(at_dots, tl.sum(out * own, axis=1), mask=live)
-                out += diagonal[:, None] * z.to(tl.float32)
-            at_out = out_ptr + offset(b, out_sb) + offset(h, out_sh) + offset(rows, out_ss)[:, None]
-            tl.store(at_out + offset(dz, out_sd)[None, :], out.to(out_ptr.dtype.element_ty), mask=in_out)
+                at_own = _address(
+                    own_ptr, own_sb, own_sh, own_ss, own_sd, b, h // own_share, rows[:, None], dz[None, :]
+                )
+                own = tl.load(at_own, mask=in_out, other=0.0).to(tl.float32)
+                tl.store(dots_ptr + offset(part * heads + bh, S) + rows, tl.sum(out * own, axis=1), mask=live)
+                itself = tl.sum(tl.where(a[:, None] == a[None, :], scores, 0.0), axis=1)
+                out += itself[:, None] * z.to(tl.float32)
+            at_out = _address(out_ptr, out_sb, out_sh, out_ss, out_sd, b, h, rows[:, None], dz[None, :])
+            tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=in_out)
 
-        if DECAY:
-            fade = tl.exp2(since if REVERSE else until)
-            yt = (yt.to(tl.float32) * fade[None, :]).to(yt.dtype)
-            state = state * tl.exp2(total)
-            decayed += total
+        fade = tl.exp2(since if REVERSE else until)
+        added = dot((yt.to(tl.float32) * fade[None, :]).to(yt.dtype), z, PRECISION)
         # In reverse the scale belongs to the sum: folded into half-precision operands, small gradients would underflow.
-        if REVERSE:
-            state += dot(yt, z, PRECISION) * scale
-        else:
-            state += dot(yt, z, PRECISION)
+        state = state * tl.exp2(total) + (added * scale if REVERSE else added)
+        decayed += total
 
     at_leave = leave_ptr + offset(bh, leave_sh) + offset(dx, DZ)[:, None] + dz[None, :]
     if OUTPUT:
@@ -190,8 +208,7 @@ def _sweep_kernel(
         # Each segment's sum goes where the segment after it will look for what enters it.
         after = segment - 1 if REVERSE else segment + 1
         tl.store(at_leave + offset(after, leave_sw), state, mask=in_state)
-        if part == 0:
-            tl.store(logs_ptr + bh * segments + after, decayed)
+        tl.store(logs_ptr + bh * segments + after, decayed, mask=part == 0)
 
 
 @triton.jit
@@ -229,26 +246,30 @@ def sweep(
     entering: Tensor | None,
     out_dtype: torch.dtype,
     own: Tensor | None = None,
-    tiles: Tiles,
+    tiles: Tiles | None = None,
 ) -> Swept:
     """One sweep (see the module) over all heads.
 
-    x (B, Hx, S, DX), y (B, Hy, S, DX), z (B, Hz, S, DZ), own None or (B, Ho, S, DZ); heads are the largest of Hx, Hy, Hz
-    and each divides them; entering None or (B, H, DX, DZ) fp32, the state before the first chunk of the sweep.
+    x (B, Hx, S, DX), y (B, Hy, S, DX), z (B, Hz, S, DZ), own None or (B, Ho, S, DZ); H is the largest of Hx, Hy, Hz and
+    each divides it; entering None or (B, H, DX, DZ) fp32, the state before the first chunk of the sweep. `tiles`
+    overrides the choice by shape; its chunk is that of `decay`.
     """
     heads = max(x.shape[1], y.shape[1], z.shape[1])
     shape = (x.shape[0], heads, x.shape[2], z.shape[3])
     out = x.new_empty(shape, dtype=out_dtype)
     state = x.new_empty((*shape[:2], x.shape[3], z.shape[3]), dtype=torch.float32)
+    if tiles is None:
+        width = (x.shape[3], z.shape[3])
+        tiles = choose_tiles(shape[0] * heads, shape[2], *width, x.dtype, decay.chunk, processors_of(x))
     slices = triton.cdiv(z.shape[3], tiles.columns)
-    dots = None if own is None else x.new_empty((slices, *shape[:3]), dtype=torch.float32)
+    dots = x.new_empty((slices if own is not None else 0, *shape[:3]), dtype=torch.float32)
     launch = _Launch(x, y, z, out, own, dots, decay, scale, reverse, tiles)
     with on_device_of(x):
         if launch.segments == 1:
             _launch_outputs(launch, None if entering is None else entering[:, :, None], state)
         else:
             _launch_outputs(launch, _segment_states(launch, entering), state)
-    return Swept(out, state, None if dots is None else dots.sum(0))
+    return Swept(out, state, dots.sum(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +281,7 @@ class _Launch:
     z: Tensor
     out: Tensor
     own: Tensor | None
-    dots: Tensor | None
+    dots: Tensor
     decay: Decay
     scale: float
     reverse: bool
@@ -310,7 +331,12 @@ def _launch_outputs(launch: _Launch, entering: Tensor | None, state: Tensor) -> 
 
 
 def _run(
-    launch: _Launch, entering: Tensor | None, leaving: Tensor, logs: Tensor | None, first_segment: int, launched: int
+    launch: _Launch,
+    entering: Tensor | None,
+    leaving: Tensor,
+    logs: Tensor | None,
+    first_segment: int,
+    launched: int,
 ) -> None:
     x, y, z, out, own, tiles = launch.x, launch.y, launch.z, launch.out, launch.own, launch.tiles
     heads = out.shape[1]
@@ -321,13 +347,13 @@ def _run(
     _sweep_kernel[(out.shape[0] * heads * launched * slices,)](
         x, *x.stride(), y, *y.stride(), z, *z.stride(), out, *out.stride(),
         own, *(own.stride() if own is not None else (0, 0, 0, 0)), launch.dots,
-        launch.decay.high, launch.decay.low, _decay_stride(launch.decay),
+        launch.decay.high, launch.decay.low, launch.decay.stride,
         enter, *(enter.stride() if enter is not None else (0, 0, 0, 0)), leave, *leave.stride()[:2], logs,
         launch.scale, heads, x.shape[2], heads // x.shape[1], heads // y.shape[1], heads // z.shape[1],
         heads // own.shape[1] if own is not None else 1,
         launch.chunks_each, launch.segments, first_segment, launched, slices,
         DX=x.shape[3], DZ=z.shape[3], BLOCK_X=next_power_of_two(x.shape[3]), BLOCK_Z=tiles.columns, CHUNK=tiles.chunk,
-        DECAY=launch.decay.kind, REVERSE=launch.reverse, OUTPUT=logs is None,
+        PER_TOKEN=launch.decay.low is not None, REVERSE=launch.reverse, OUTPUT=logs is None,
         PRECISION=dot_precision(x.dtype), STATE_DTYPE=state_dtype, STATE_PRECISION=state_precision,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -338,61 +364,3 @@ def _state_operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     if dtype == torch.bfloat16:
         return tl.bfloat16, "ieee"
     return tl.float32, "tf32" if dtype == torch.float16 else dot_precision(dtype)
-
-
-def _decay_stride(decay: Decay) -> int:
-    """Between heads: of the (H,) vector, or the padded length of running sums."""
-    if decay.high is None:
-        return 0
-    return decay.high.stride(0) if decay.kind == 1 else decay.high.shape[-1]
-
-
-def prepare_decay(log_decay: Tensor | None, chunk: int) -> Decay:
-    """`log_decay` None, (H,) or (B, H, S), as the kernel reads it with chunks of `chunk` rows."""
-    if log_decay is None:
-        return Decay(0)
-    if log_decay.dim() == 1:
-        return Decay(1, log_decay)
-    rest = -log_decay.shape[-1] % chunk
-    steps = torch.nn.functional.pad(log2_decay(log_decay), (0, rest))
-    run = steps.unflatten(-1, (-1, chunk)).cumsum(-1).flatten(-2)
-    high = run.float()
-    return Decay(2, high, (run - high).float())
-
-
-def chunk_rows(length: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk: 64 (measured best on H200), half for fp32 whose tiles are twice as large, fewer if S is."""
-    return min(32 if dtype == torch.float32 else 64, next_power_of_two(length))
-
-
-def choose_tiles(heads: int, length: int, dx: int, dz: int, dtype: torch.dtype, processors: int) -> Tiles:
-    """Tiles for `heads` = B * H sequences on a device with `processors` multiprocessors.
-
-    Many heads fill the device with narrow slices and one pass. With few, wide slices and as many segments as
-    make the second reading of y and z worth its price.
-    """
-    chunk = chunk_rows(length, dtype)
-    narrow, wide = min(64, next_power_of_two(dz)), min(128, next_power_of_two(dz))
-    half = dtype != torch.float32
-    if not half or dx > 128 or _best_segments(heads * triton.cdiv(dz, narrow), length // chunk, processors) == 1:
-        segments = _best_segments(heads * triton.cdiv(dz, narrow), length // chunk, processors)
-        return Tiles(chunk, narrow, segments, warps=8 if dx > 128 else 4)
-    segments = _best_segments(heads * triton.cdiv(dz, wide), length // chunk, processors)
-    return Tiles(chunk, wide, segments, warps=8 if wide == 128 else 4, stages=3 if dtype == torch.bfloat16 else 1)
-
-
-def _best_segments(programs: int, chunks: int, processors: int) -> int:
-    """The number of segments (a power of two) with the least estimated time."""
-    candidates = [2**i for i in range(8) if i == 0 or chunks >= 4 * 2**i]
-    return min(candidates, key=lambda n: _relative_time(programs * n, n, processors))
-
-
-def _relative_time(programs: int, segments: int, processors: int) -> float:
-    """Traffic over how well the device is filled: one and a third programs a multiprocessor reach full bandwidth."""
-    traffic = 1.0 if segments == 1 else 1.5 + segments / 256
-    return traffic / min(1.0, programs / (4 / 3 * processors))
-
-
-def processors_of(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device; one where kernels are interpreted."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -12,7 +12,10 @@ from attnopt.kernels.sparq.op import sparq_attention
 from attnopt.kernels.sparq.request import DTYPES
 from attnopt.mask import FULL, And, Causal, Mask
 from attnopt.rule import Cost, SiteMeta
-from attnopt.spec import AttentionSpec, EmptyRow
+from attnopt.spec import AttentionSpec, EmptyRow, Sparse
+
+#: What a spec without an approximation means here: every key is read.
+EVERYTHING = Sparse(rank=1, topk=2**31 - 1, local=0)
 
 
 class SparqKernel:
@@ -26,13 +29,12 @@ class SparqKernel:
     name = "sparq"
     family: Literal["softmax", "linear"] = "softmax"
     exact = False
-    reads = frozenset({"scale", "heads", "mask", "empty_row"})
-
-    def __init__(self, rank: int = 32, topk: int = 128, local: int = 32) -> None:
-        self.rank, self.topk, self.local = rank, topk, local
+    reads = frozenset({"scale", "heads", "mask", "empty_row", "sparse"})
 
     def refuse(self, site: SiteMeta) -> str | None:
-        """Serves one query token, without gradients, under any mask that all heads share."""
+        """Serves one query token, without gradients, under any mask that all heads share, where it was asked for."""
+        if site.spec.sparse is None:
+            return "the attention is to be exact: SparQ approximates, and was not asked for"
         if site.sizes.sq != 1:
             return f"SparQ decodes one query token at a time, this site has {site.sizes.sq}: prefill is dense"
         if site.gradient:
@@ -44,10 +46,10 @@ class SparqKernel:
 
     def cost(self, site: SiteMeta) -> Cost:
         """Reads all of k (channels lie scattered in it), the chosen keys and values, all of v where it takes a mean."""
-        s = site.sizes
-        chosen, is_blended = min(self.topk, s.sk), s.heads == s.kv_heads
+        s, sparse = site.sizes, site.spec.sparse or EVERYTHING
+        chosen, is_blended = min(sparse.topk, s.sk), s.heads == s.kv_heads
         elements = s.sk * s.d + chosen * (s.d + s.dv) + (s.sk * s.dv if is_blended else 0)
-        flops = 2.0 * s.batch * s.heads * (s.sk * min(self.rank, s.d) + chosen * (s.d + s.dv))
+        flops = 2.0 * s.batch * s.heads * (s.sk * min(sparse.rank, s.d) + chosen * (s.d + s.dv))
         return Cost(float(s.batch * s.kv_heads * elements * site.operands["q"].dtype.itemsize), flops)
 
     def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
@@ -55,17 +57,19 @@ class SparqKernel:
         q, k, v = (operands[name] for name in "qkv")
         kept = _kept(spec.mask, operands, q.shape[0], k.shape[2], q.device)
         if kept is None or spec.empty_row in (EmptyRow.NEVER, EmptyRow.ZERO):
-            return self._attend(q, k, v, spec.scale, kept)
+            return _attend(spec, q, k, v, kept)
         seen = kept.any(dim=-1)[:, None, None, None]
         if spec.empty_row is EmptyRow.NAN:
-            return torch.where(seen, self._attend(q, k, v, spec.scale, kept), float("nan"))
+            return torch.where(seen, _attend(spec, q, k, v, kept), float("nan"))
         # A zero query weighs all keys alike.
-        return self._attend(q.where(seen, 0.0), k, v, spec.scale, kept | ~seen[:, 0, 0])
+        return _attend(spec, q.where(seen, 0.0), k, v, kept | ~seen[:, 0, 0])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None) -> Tensor:
-        return sparq_attention(
-            q, k, v, rank=self.rank, topk=self.topk, local=self.local, scale=scale, key_padding=kept
-        )  # fmt: skip
+
+def _attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
+    s = spec.sparse or EVERYTHING
+    return sparq_attention(
+        q, k, v, rank=s.rank, topk=s.topk, local=s.local, scale=spec.scale, key_padding=kept
+    )  # fmt: skip
 
 
 def _refuse_mask(site: SiteMeta) -> str | None:

@@ -8,6 +8,8 @@ from attnopt.kernels.sparq.request import Request
 PROGRAMS = 512
 #: The most parts whose maxima and sums one program reduces at once.
 MOST_PARTS = 128
+#: The most scores that one program of the keys kernel holds: heads of a group times positions.
+MOST_SCORES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,9 @@ def choose_tiles(request: Request) -> Tiles:
     groups, sk = request.k.shape[0] * request.k.shape[1], request.k.shape[2]
     parts = min(MOST_PARTS, max(1, PROGRAMS // groups))
     is_wide = max(request.q.shape[3], request.v.shape[3]) > 128
+    heads = 1 << (request.group - 1).bit_length()
     return Tiles(
+        key_block=max(16, min(1024, MOST_SCORES // heads)),
         split=_part(sk, parts, least=512),
         chosen_block=16 if is_wide else 32,
         chosen_split=_part(min(request.topk, sk), parts, least=256),

@@ -40,6 +40,7 @@ def attend(request: Request, positions: Tensor | None, scores: Scores | None, ti
         HAS_POSITIONS=positions is not None, IS_WHOLE=parts == 1, **sizes, **flags,
         D_PAD=next_power_of_two(q.shape[3]), SPLITS_PAD=triton.next_power_of_2(rest.splits),
         BLOCK=tiles.chosen_block, PRECISION=dot_precision(q.dtype),
+        num_warps=8 if q.itemsize * max(q.shape[3], v.shape[3]) > 512 else 4,
     )  # fmt: skip
     if parts > 1:
         _merge[(groups,)](

@@ -161,14 +161,18 @@ def _logits(
     total = tl.zeros((G_PAD,), tl.float32)
     for start in range(0, split, BLOCK):
         pos = part * split + start + tl.arange(0, BLOCK)
-        seen = pos < sk
-        if HAS_KEPT:
-            seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=seen, other=0) != 0
-        k = tl.load(kt_row + offset(pos, kt_sn)[None, :], mask=(r < rank)[:, None] & seen[None, :], other=0.0)
+        inside = pos < sk
+        k = tl.load(
+            kt_row + offset(pos, kt_sn)[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0
+        )
         s = dot(q, k, PRECISION) * heat[:, None]
+        # The mask comes after the keys: they need not wait for it, and what padded ones hold is overwritten here.
+        seen = inside
+        if HAS_KEPT:
+            seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=inside, other=0) != 0
         s = tl.where(seen[None, :], s, float("-inf"))
-        tl.store(logits_ptr + offset(row, sk)[:, None] + pos[None, :], s,
-                 mask=(g < group)[:, None] & (pos < sk)[None, :])  # fmt: skip
+        there = (g < group)[:, None] & inside[None, :]
+        tl.store(logits_ptr + offset(row, sk)[:, None] + pos[None, :], s, mask=there)
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), axis=1)

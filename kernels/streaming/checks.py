@@ -40,7 +40,9 @@ def check(
             raise ShapeError(f"{name} is {tuple(x.shape)}; wanted four dimensions, each 1 or that of {full}")
     _check_extras(bias, mask, key_padding, sink_logits, full)
     if window is not None and offset is None:
-        raise UnsupportedError("a window without a causal offset; give the offset, or mask the window densely")
+        raise UnsupportedError(
+            "a window without a causal offset; give the offset, or mask the window densely"
+        )
     if softcap is not None and softcap <= 0:
         raise OptionError(f"softcap={softcap}; wanted a positive number or None")
     if empty_row not in EMPTY_ROWS:
@@ -79,11 +81,19 @@ def _check_extras(
     full: tuple[int, int, int, int],
 ) -> None:
     if bias is not None and not bias.is_floating_point():
-        raise ShapeError(f"bias is {bias.dtype}; wanted a float dtype (a bool tensor that hides keys is a mask)")
+        raise ShapeError(
+            f"bias is {bias.dtype}; wanted a float dtype (a bool tensor that hides keys is a mask)"
+        )
     if mask is not None and mask.dtype != torch.bool:
         raise ShapeError(f"mask is {mask.dtype}; wanted bool (a float tensor that is added is a bias)")
-    if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != (full[0], full[3])):
+    if key_padding is not None and (
+        key_padding.dtype != torch.bool or key_padding.shape != (full[0], full[3])
+    ):
         found = f"{key_padding.dtype} {tuple(key_padding.shape)}"
-        raise ShapeError(f"key_padding is {found}; wanted bool {(full[0], full[3])}, True where the key is kept")
+        raise ShapeError(
+            f"key_padding is {found}; wanted bool {(full[0], full[3])}, True where the key is kept"
+        )
     if sink_logits is not None and (not sink_logits.is_floating_point() or sink_logits.shape != (full[1],)):
-        raise ShapeError(f"sink_logits is {sink_logits.dtype} {tuple(sink_logits.shape)}; wanted float {(full[1],)}")
+        raise ShapeError(
+            f"sink_logits is {sink_logits.dtype} {tuple(sink_logits.shape)}; wanted float {(full[1],)}"
+        )

@@ -113,7 +113,9 @@ def backward(
         sums.q.mul_(problem.scale).flatten(1, 2).to(problem.q.dtype),
         sums.k.to(problem.k.dtype),
         add_mean_gradient(problem, answer, do, sums.v).to(problem.v.dtype),
-        None if sums.bias is None or problem.bias is None else sums.bias.view(problem.bias.shape).to(problem.bias.dtype),
+        None
+        if sums.bias is None or problem.bias is None
+        else sums.bias.view(problem.bias.shape).to(problem.bias.dtype),
         sink_gradient(problem, answer, delta),
     )
 
@@ -197,7 +199,11 @@ def _attend(x: Operands, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.softmax(scores, -1)
     log_sum = weights.amax(-1).log_().neg_().masked_fill_(blind, 0.0)
     o = _times(weights, _keys(x.v, tile)).masked_fill_(blind[..., None], 0.0)
-    return (o, peak + log_sum, log_sum) if x.sinks is None else _with_sinks(o, peak, log_sum, x.sinks[tile.heads])
+    return (
+        (o, peak + log_sum, log_sum)
+        if x.sinks is None
+        else _with_sinks(o, peak, log_sum, x.sinks[tile.heads])
+    )
 
 
 def _with_sinks(o: Tensor, peak: Tensor, log_sum: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

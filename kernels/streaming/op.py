@@ -40,10 +40,12 @@ def streaming_attention(
     window cannot be, UnsupportedError where D is too large or the dtype unknown. arXiv 2309.17453, section 3.
     """
     if sinks < 0 or window < 1:
-        raise OptionError(f"sinks={sinks}, window={window}; wanted sinks >= 0 and window >= 1: a query sees itself")
+        raise OptionError(
+            f"sinks={sinks}, window={window}; wanted sinks >= 0 and window >= 1: a query sees itself"
+        )
     check(q, k, v)
     o, _, _ = attend(
-        *(q, k, v, None if bias is None else _four_dimensional(bias), None, key_padding, None),
+        *(q, k, v, None if bias is None else four_dimensional(bias), None, key_padding, None),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         offset=k.shape[2] - q.shape[2],
         window=window,
@@ -55,7 +57,8 @@ def streaming_attention(
     return o
 
 
-def _four_dimensional(x: Tensor) -> Tensor:
+def four_dimensional(x: Tensor) -> Tensor:
+    """`x` with leading dimensions of one, as broadcasting adds them."""
     return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x
 
 
@@ -96,7 +99,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
     check(q, k, v, *rest)
     rows = q.shape[:3]
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*rows, v.shape[3])), q.new_empty(rows, dtype=statistics), q.new_empty(rows, dtype=statistics)
+    return (
+        q.new_empty((*rows, v.shape[3])),
+        q.new_empty(rows, dtype=statistics),
+        q.new_empty(rows, dtype=statistics),
+    )
 
 
 @torch.library.custom_op("attnopt::streaming_attention_backward", mutates_args=())
@@ -178,7 +185,22 @@ def _problem(
     softcap: float | None,
     empty_row: str,
 ) -> Problem:
-    check(q, k, v, bias, mask, key_padding, sink_logits, scale, offset, window, sinks, prefix, softcap, empty_row)
+    check(
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        key_padding,
+        sink_logits,
+        scale,
+        offset,
+        window,
+        sinks,
+        prefix,
+        softcap,
+        empty_row,
+    )
     sizes = {"rows": q.shape[2], "columns": k.shape[2]}
     where = reach(offset=offset, window=window, sinks=sinks, prefix=prefix, **sizes)
     return Problem(q, k, v, bias, mask, key_padding, sink_logits, scale, where, softcap, empty_row)
@@ -187,7 +209,7 @@ def _problem(
 def _forward(problem: Problem) -> Answer:
     if not _goes_to_triton(problem):
         return chunked.forward(problem)
-    from attnopt.kernels.streaming import triton_forward  # noqa: PLC0415 - importing attnopt must not import triton
+    from attnopt.kernels.streaming import triton_forward  # importing attnopt must not import triton
 
     return triton_forward.launch(problem)
 
@@ -197,7 +219,7 @@ def _backward(
 ) -> Gradients:
     if bias_gradient or not _goes_to_triton(problem):
         return chunked.backward(problem, answer, do, dlse, bias_gradient=bias_gradient)
-    from attnopt.kernels.streaming import triton_backward  # noqa: PLC0415 - as above
+    from attnopt.kernels.streaming import triton_backward
 
     return triton_backward.launch(problem, answer, do, dlse)
 

@@ -79,15 +79,17 @@ class Gradients:
 def fill_empty_rows(problem: Problem, o: Tensor, lse: Tensor) -> Tensor:
     """`o` with the rows whose largest logit is -inf replaced by what `empty_row` says.
 
-    "uniform" is the mean of all Sk values, hidden ones included: it stands for scores that a finite fill absorbed. Where
-    nothing hides a key there was no fill, and -inf everywhere is what a plain softmax makes of it: NaN.
+    "uniform" is the mean of all Sk values, hidden ones included: it stands for scores that a finite fill absorbed.
+    Where nothing hides a key there was no fill, and -inf everywhere is what a plain softmax makes of it: NaN.
     Without keys at all (Sk = 0) a row is zero in every meaning: so is a plain softmax times an empty V.
     """
     if problem.k.shape[2] == 0:
         return o
     empty = torch.isneginf(lse)[..., None]
     if problem.returns_the_mean:
-        mean = problem.v.to(problem.accumulate).mean(dim=2, keepdim=True).repeat_interleave(problem.group, dim=1)
+        mean = (
+            problem.v.to(problem.accumulate).mean(dim=2, keepdim=True).repeat_interleave(problem.group, dim=1)
+        )
         return torch.where(empty, mean.to(o.dtype), o)
     return o.masked_fill(empty, 0.0 if problem.empty_row == "zero" else float("nan"))
 

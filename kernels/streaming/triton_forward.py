@@ -13,7 +13,6 @@ from attnopt.kernels.streaming.problem import Answer, Problem, fill_empty_rows
 from attnopt.kernels.streaming.triton_tiles import (
     BY_QUERIES,
     LN2,
-    LOG2E,
     Tiles,
     choose,
     kept,
@@ -110,7 +109,8 @@ def attend_kernel(
                 k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
                 bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
                 n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-                True, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                STRUCTURED=True,
             )  # fmt: skip
 
     start = tl.maximum(first + lower + 1, head) if WINDOWED else head
@@ -118,14 +118,15 @@ def attend_kernel(
     before, full, partial, after = split(
         start, tl.minimum(last + upper, n_cols), full_start, tl.minimum(first + upper + 1, n_cols), BLOCK_K
     )
-    for n in range(0, before + after):
+    for n in range(before + after):
         j = start + n * BLOCK_K + tl.where(n < before, 0, partial - full)
         acc, level, total = visit(
             acc, level, total, q, rows, j + tl.arange(0, BLOCK_K), n_cols,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
             n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-            True, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            STRUCTURED=True,
         )  # fmt: skip
     for j in range(full, partial, BLOCK_K):
         acc, level, total = visit(
@@ -133,7 +134,8 @@ def attend_kernel(
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
             n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-            False, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            STRUCTURED=False,
         )  # fmt: skip
 
     # A NaN in the row leaves its mark in `total` but not in `level`: such a row is not empty.
@@ -155,9 +157,10 @@ def visit(
     k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
     bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
     n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-    STRUCTURED: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    STRUCTURED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys `cols` below `limit` into accumulator, largest logit and sum of one block of queries."""
     keep = kept(keep_ptr, cols, keep_ss, limit, PADDING)

@@ -31,7 +31,13 @@ class Tiles:
 
 
 #: From the fastest where it fits to the one that always does. The resident side is the longer one.
-BY_QUERIES = (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1))
+BY_QUERIES = (
+    Tiles(128, 64, 8, 3),
+    Tiles(128, 64, 8, 2),
+    Tiles(64, 64, 4, 2),
+    Tiles(64, 32, 4, 2),
+    Tiles(32, 32, 4, 1),
+)
 BY_KEYS = (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(32, 32, 4, 1))
 SMALLEST = Tiles(16, 16, 4, 1)
 
@@ -40,7 +46,9 @@ def choose(candidates: tuple[Tiles, ...], *, d: int, dv: int, itemsize: int, sha
     """The first candidate whose operands fit into `shared` bytes; fp32 products, without tensor cores, want less."""
     width = next_power_of_two(max(d, dv))
     most = 64 * (64 if itemsize < 4 else 32) * 4
-    fitting = (t for t in candidates if t.shared_bytes(width, itemsize) <= shared and t.queries * t.keys * 2 <= most)
+    fitting = (
+        t for t in candidates if t.shared_bytes(width, itemsize) <= shared and t.queries * t.keys * 2 <= most
+    )
     return next(fitting, SMALLEST)
 
 
@@ -155,6 +163,21 @@ def raise_to(x, level, unit, PLAIN: tl.constexpr):
     if PLAIN:
         return tl.exp2(x * unit - level * unit)
     return tl.exp2((x - level) * unit)
+
+
+@triton.jit
+def recall(x, peak, tail, unit, PLAIN: tl.constexpr):
+    """The softmax weights of a tile, from its logits and the statistics of its rows."""
+    if PLAIN:
+        return tl.exp2(x * unit - tail)
+    return tl.exp2((x - peak) * unit - tail)
+
+
+@triton.jit
+def slope(scores, scale, softcap):
+    """The derivative of softcap * tanh(x / softcap) at the scaled scores."""
+    capped = tanh(scores * scale / softcap)
+    return 1 - capped * capped
 
 
 def scalars(problem: Problem) -> dict[str, Any]:

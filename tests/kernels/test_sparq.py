@@ -112,7 +112,8 @@ def test_choosing_every_position_is_exact_attention(case: Case, dtype: torch.dty
 def test_choosing_every_kept_position_is_exact_attention() -> None:
     request = request_of(Case(padding=0.8, topk=40))
     assert request.kept is not None
-    assert 0 < int(request.kept.sum(-1).max()) <= 40 < 50
+    assert 0 < int(request.kept.sum(-1).max()) <= request.topk
+    assert not request.is_exact
     assert_same(attention(request), exact(request))
 
 
@@ -214,7 +215,9 @@ def test_a_zero_query_weighs_the_chosen_alike() -> None:
     for zeroed in (q, torch.zeros_like(q)):
         out = attention(replace(request, q=zeroed))
         assert out.isfinite().all()
-    want = request.v[:, :, (chosen < 9) | (chosen >= 47)].mean(2)  # equal scores: the first, and the local ones
+    want = request.v[:, :, (chosen < 9) | (chosen >= 47)].mean(
+        2
+    )  # equal scores: the first, and the local ones
     torch.testing.assert_close(out[:, ::2, 0], want)
 
 
@@ -245,7 +248,9 @@ def test_layout_changes_nothing(layout: str) -> None:
     packed = (None if x is None else x.contiguous() for x in (request.k_t, request.v_mean, request.kept))
     q, k, v = (x.contiguous() for x in (request.q, request.k, request.v))
     choices = (request.rank, request.topk, request.local, request.scale, request.mean_value)
-    assert torch.equal(attention(request), attention(Request(q, k, v, *packed, *choices)))
+    same = Request(q, k, v, *packed, *choices)
+    assert torch.equal(scores_and_positions(request)[1], scores_and_positions(same)[1])
+    assert_same(attention(request), attention(same).double())
 
 
 def test_the_channel_major_copy_is_what_scores_read() -> None:
@@ -258,7 +263,7 @@ def test_the_channel_major_copy_is_what_scores_read() -> None:
 def test_what_is_not_chosen_is_not_read() -> None:
     request = request_of(Case())
     _, positions = scores_and_positions(request)
-    chosen = torch.zeros(2, 2, 50, dtype=torch.bool).scatter(2, positions, True)[..., None]  # noqa: FBT003
+    chosen = torch.zeros(2, 2, 50, dtype=torch.bool).scatter(2, positions, value=True)[..., None]
     poisoned = replace(
         request,
         k=request.k.masked_fill(~chosen, torch.nan),
@@ -279,7 +284,9 @@ def test_running_twice_gives_the_same_bits_and_leaves_the_inputs_alone() -> None
 @pytest.mark.parametrize("scale", [0.0, -2.0, 8.0, 4096.0])
 def test_any_scale_keeps_the_row_rule(scale: float) -> None:
     drawn = request_of(Case(scale=scale, spread=3.0, mean_value=False))
-    request = replace(drawn, q=drawn.q.round(), k=drawn.k.round(), k_t=None)  # so that fp32 holds the logits exactly
+    request = replace(
+        drawn, q=drawn.q.round(), k=drawn.k.round(), k_t=None
+    )  # so that fp32 holds the logits exactly
     positions = positions_of(request)
     assert_same(attention(request), answer(request, positions, torch.float64))
 
@@ -301,7 +308,9 @@ def test_a_nan_in_the_query_reaches_its_own_group_only() -> None:
 def test_the_op_is_registered_correctly(case: Case) -> None:
     r = request_of(case)
     args = (r.q, r.k, r.v, r.k_t, r.v_mean, r.kept, r.rank, r.topk, r.local, r.scale, r.mean_value)
-    torch.library.opcheck(torch.ops.attnopt.sparq_attention.default, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.attnopt.sparq_attention.default, args, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_the_op_passes_opcheck() -> None:

@@ -9,12 +9,12 @@ from oracle import assert_same
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
-from attnopt.kernels.sparq.kernel import KERNEL, SparqKernel
+from attnopt.kernels.sparq.kernel import KERNEL
 from attnopt.mask import BOTTOM_RIGHT, FULL, TOP_LEFT, Causal, First, KeyPadding, Length, Mask, Opaque, Window
 from attnopt.rule import Kernel, SiteMeta, TensorMeta
-from attnopt.spec import AttentionSpec, EmptyRow, Heads, unread_fields
+from attnopt.spec import AttentionSpec, EmptyRow, Heads, Sparse, unread_fields
 
-SPEC = AttentionSpec("softmax", scale=0.3, heads=Heads(share=2))
+SPEC = AttentionSpec("softmax", scale=0.3, heads=Heads(share=2), sparse=Sparse(rank=3, topk=6, local=2))
 MASKS = [
     FULL,
     Causal(BOTTOM_RIGHT),
@@ -61,17 +61,23 @@ def test_a_decoding_site_is_served() -> None:
 @pytest.mark.parametrize(
     ("refused", "reason"),
     [
+        (site(replace(SPEC, sparse=None)), "was not asked for"),
         (site(q=meta(2, 4, 3, 8)), "one query token at a time, this site has 3"),
         (replace(site(), gradient=True), "no gradient"),
         (site(v=meta(2, 2, 20, 6, dtype=torch.float16)), "one floating dtype"),
-        (site(replace(SPEC, mask=Opaque("m")), m=meta(2, 4, 1, 20, dtype=torch.bool)), r"mask m .* all heads share"),
+        (
+            site(replace(SPEC, mask=Opaque("m")), m=meta(2, 4, 1, 20, dtype=torch.bool)),
+            r"mask m .* all heads share",
+        ),
     ],
 )
 def test_other_sites_are_refused_with_the_reason(refused: SiteMeta, reason: str) -> None:
     assert re.search(reason, KERNEL.refuse(refused) or "served")
 
 
-@pytest.mark.parametrize("field", [{"bias": ("b",)}, {"softcap": 30.0}, {"sink_logits": True}, {"dropout": 0.1}])
+@pytest.mark.parametrize(
+    "field", [{"bias": ("b",)}, {"softcap": 30.0}, {"sink_logits": True}, {"dropout": 0.1}]
+)
 def test_fields_that_it_does_not_read_are_not_its_own(field: dict[str, object]) -> None:
     assert unread_fields(replace(SPEC, **field), KERNEL.reads) == tuple(field)
 
@@ -79,30 +85,33 @@ def test_fields_that_it_does_not_read_are_not_its_own(field: dict[str, object]) 
 @pytest.mark.parametrize("empty_row", [EmptyRow.NAN, EmptyRow.ZERO, EmptyRow.UNIFORM])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_with_every_key_chosen_it_computes_the_spec(mask: Mask, empty_row: EmptyRow) -> None:
-    spec, tensors = replace(SPEC, mask=mask, empty_row=empty_row), operands()
+    tensors, spec = operands(), replace(SPEC, mask=mask, empty_row=empty_row, sparse=Sparse(3, 20, 2))
     exactly = REFERENCE.run(spec, {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()})
-    assert_same(SparqKernel(rank=3, topk=20, local=2).run(spec, tensors), exactly, REFERENCE.run(spec, tensors))
+    assert_same(KERNEL.run(spec, tensors), exactly, REFERENCE.run(spec, tensors))
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_hidden_keys_are_never_chosen(mask: Mask) -> None:
     spec, tensors = replace(SPEC, mask=mask, empty_row=EmptyRow.ZERO), operands()
     visible = mask.dense(1, 20, tensors).expand(2, 1, 1, 20)[:, :, 0, :, None]
-    hidden = {**tensors, "v": tensors["v"].where(visible, torch.nan), "k": tensors["k"].where(visible, torch.inf)}
-    kernel = SparqKernel(rank=3, topk=6, local=2)
-    assert torch.equal(kernel.run(spec, hidden), kernel.run(spec, tensors))
+    hidden = {
+        **tensors,
+        "v": tensors["v"].where(visible, torch.nan),
+        "k": tensors["k"].where(visible, torch.inf),
+    }
+    assert torch.equal(KERNEL.run(spec, hidden), KERNEL.run(spec, tensors))
 
 
 def test_options_are_the_choices_of_the_call() -> None:
     tensors = operands()
-    few = SparqKernel(rank=2, topk=3, local=1).run(SPEC, tensors)
-    more = SparqKernel(rank=8, topk=19, local=1).run(SPEC, tensors)
+    few = KERNEL.run(replace(SPEC, sparse=Sparse(rank=2, topk=3, local=1)), tensors)
+    more = KERNEL.run(replace(SPEC, sparse=Sparse(rank=8, topk=19, local=1)), tensors)
     exactly = REFERENCE.run(SPEC, tensors)
     assert (more - exactly).norm() < (few - exactly).norm()
 
 
 def test_the_cost_counts_what_a_step_reads() -> None:
-    cost = SparqKernel(rank=2, topk=5).cost(site())
+    cost = KERNEL.cost(site(replace(SPEC, sparse=Sparse(rank=2, topk=5, local=1))))
     assert cost.bytes == 4 * 2 * 2 * (20 * 8 + 5 * (8 + 6))
     assert cost.flops == 2 * 2 * 4 * (20 * 2 + 5 * (8 + 6))
 

@@ -1,6 +1,6 @@
 """The Triton path of SparQ: each kernel against the fp64 definition; interpreted without a GPU, compiled with one."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -109,6 +109,7 @@ def test_channels_are_those_of_the_torch_path(case: Case) -> None:
         assert torch.equal(chosen.queries.view_as(q_r), q_r)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes in numpy, which warns of NaN
 def test_not_a_number_in_a_query_still_chooses_different_channels() -> None:
     request = request_of(Case(group=2), device=DEVICE)
     q = request.q.clone()
@@ -208,10 +209,13 @@ def test_tiles_cover_the_sequence_in_few_parts() -> None:
         for batch, topk in ((1, 1), (1, 4096), (300, 200)):
             shape = torch.empty(batch, 4, 1, 1, device="meta")
             k = shape.expand(batch, 4, sk, 128)
-            tiles = choose_tiles(Request(shape.expand(batch, 4, 1, 128), k, k, None, None, None, 32, topk, 1, 1.0, True))
+            tiles = choose_tiles(
+                Request(shape.expand(batch, 4, 1, 128), k, k, None, None, None, 32, topk, 1, 1.0, True)
+            )
             assert 1 <= -(-sk // tiles.split) <= MOST_PARTS
             assert 1 <= -(-min(topk, sk) // tiles.chosen_split) <= MOST_PARTS
             assert tiles.split % tiles.block == tiles.chosen_split % tiles.chosen_block == 0
+            assert all(size >= 16 and size & (size - 1) == 0 for size in astuple(tiles))
 
 
 # On a GPU only.

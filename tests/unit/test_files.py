@@ -2,20 +2,20 @@
 
 import io
 import json
-import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from attnopt.errors import AttnoptError, OutputError, SourceError, UnsafeFileError
-from attnopt.files import atomic, inspect, load_program, save_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+
+from attnopt.errors import OutputError, SourceError, UnsafeFileError
+from attnopt.files import atomic, inspect, load_program, save_program
 
 Entries = dict[str, bytes]
 _MODEL, _INPUTS = "models/model.json", "data/sample_inputs/model.pt"
@@ -37,7 +37,9 @@ class Toy(nn.Module):
         with torch.no_grad():
             shift = torch.arange(tokens)[:, None] * 0.5
         scores = (hidden @ hidden.mT).masked_fill(~self.mask[:tokens, :tokens], float("-inf"))
-        out = torch.cond(extra["weight"].sum() > 0, lambda a: a.sin(), lambda a: a.cos(), (scores.softmax(-1) @ hidden,))
+        out = torch.cond(
+            extra["weight"].sum() > 0, lambda a: a.sin(), lambda a: a.cos(), (scores.softmax(-1) @ hidden,)
+        )
         return {"out": out + shift, "length": torch.arange(tokens)}
 
 
@@ -101,7 +103,14 @@ def with_json(content: bytes, name: str, edit: Callable[[dict[str, object]], Non
 def pickle_calling(module: str, name: str, argument: str) -> bytes:
     """A pickle, written by hand, that calls `module.name(argument)` when it is loaded."""
     text = argument.encode()
-    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X" + len(text).to_bytes(4, "little") + text + b"\x85R."
+    return (
+        b"\x80\x02c"
+        + f"{module}\n{name}\n".encode()
+        + b"X"
+        + len(text).to_bytes(4, "little")
+        + text
+        + b"\x85R."
+    )
 
 
 def saved(pickle: bytes, **more: bytes) -> bytes:
@@ -127,6 +136,15 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
+def outcome(path: Path) -> str:
+    """What inspecting a file comes to."""
+    try:
+        inspect(path)
+    except UnsafeFileError as error:
+        return str(error)
+    return f"{path} passed"
+
+
 def test_an_honest_program_is_loaded_and_computes_the_same(
     program: ExportedProgram, file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -141,7 +159,7 @@ def test_an_honest_program_is_loaded_and_computes_the_same(
 
 
 def test_a_program_rewritten_by_pythons_zip_is_still_honest(honest: bytes, file: Callable[..., Path]) -> None:
-    assert "torch.ops.higher_order.cond" in inspect(file(archive_of(entries_of(honest))))
+    assert "torch.ops.higher_order.cond" in inspect(file(archive_of(entries_of(honest)))).targets
 
 
 def test_saving_with_extra_files_is_honest(program: ExportedProgram, file: Callable[..., Path]) -> None:
@@ -158,7 +176,9 @@ class TestAttacksThatTorchWouldRun:
         """A folder that the attack would make."""
         return tmp_path / "trap"
 
-    def test_a_pickle_in_place_of_the_sample_inputs(self, honest: bytes, file: Callable[..., Path], trap: Path) -> None:
+    def test_a_pickle_in_place_of_the_sample_inputs(
+        self, honest: bytes, file: Callable[..., Path], trap: Path
+    ) -> None:
         path = file(with_entry(honest, _INPUTS, saved(pickle_calling("os", "mkdir", str(trap)))))
         assert "its sample inputs: its pickle would import 'os.mkdir'" in refusal(path)
         assert not trap.exists()
@@ -184,8 +204,8 @@ class TestAttacksThatTorchWouldRun:
     def test_a_call_to_a_function_that_is_no_operator(self, honest: bytes, file: Callable[..., Path]) -> None:
         path = file(with_json(honest, _MODEL, lambda body: nodes(body)[1].update(target="torch.os.system")))
         assert refusal(path) == (
-            f"will not load {path}: its program has, as target, 'torch.os.system': it is not an operator of ATen or "
-            "attnopt; if you would run code from whoever made it, say --allow-unsafe-load"
+            f"will not load {path}: its program has, as target, 'torch.os.system': it is not an operator of ATen, "
+            "attnopt, transformers or torchvision; if you would run code from whoever made it, say --allow-unsafe-load"
         )
 
     def test_code_in_a_name(self, honest: bytes, file: Callable[..., Path], trap: Path) -> None:
@@ -208,11 +228,11 @@ _BAD_EXPRESSIONS = [
     "1 << 999999999",
     "9" * 40,
     "Symbol('s0') #",
-    "Symbol(\"s0\")",
+    'Symbol("s0")',
     "f'{1}'",
     "Symbol('s0'",
     "a := 1",
-    "Ｓymbol('s0')",
+    "\uff33ymbol('s0')",  # Python reads this letter as an S
     "*a",
     "x if y else z",
     "L['x'].data_ptr()",
@@ -257,6 +277,7 @@ def test_arithmetic_is_allowed(honest: bytes, file: Callable[..., Path], text: s
         ("torch.ops.aten.relu.default", True),
         ("torch.ops.attnopt.streaming.default", True),
         ("torch.ops.prims.convert_element_type.default", True),
+        ("torch.ops.transformers.grouped_mm_fallback.default", True),
         ("_operator.add", True),
         ("torch.sym_max", True),
         ("torch.ops.aten.save.default", False),
@@ -283,9 +304,9 @@ def test_only_operators_may_be_called(
 
     path = file(with_json(honest, _MODEL, edit))
     if fine:
-        assert target in inspect(path)
+        assert target in inspect(path).targets
     else:
-        assert "it is not an operator of ATen or attnopt" in refusal(path)
+        assert "it is not an operator of ATen" in refusal(path)
 
 
 def spec_edit(spec: str) -> Callable[[dict[str, object]], None]:
@@ -301,15 +322,20 @@ def tree(kind: str, context: object) -> str:
 @pytest.mark.parametrize(
     "spec",
     [
-        tree("collections.defaultdict", {"default_factory_module": "antigravity", "default_factory_name": "fly"}),
+        tree(
+            "collections.defaultdict",
+            {"default_factory_module": "antigravity", "default_factory_name": "fly"},
+        ),
         tree("builtins.dict", json.dumps([{"__enum__": True, "fqn": "antigravity:x", "name": "y"}])),
-        tree("builtins.dict", json.dumps(["a\"]; import os #"])),
+        tree("builtins.dict", json.dumps(['a"]; import os #'])),
         tree("builtins.dict", json.dumps({"a": 1})),
         tree("builtins.dict\n", "null"),
         "not json",
     ],
 )
-def test_a_tree_spec_that_could_import_or_inject_is_refused(honest: bytes, file: Callable[..., Path], spec: str) -> None:
+def test_a_tree_spec_that_could_import_or_inject_is_refused(
+    honest: bytes, file: Callable[..., Path], spec: str
+) -> None:
     assert refusal(file(with_json(honest, _MODEL, spec_edit(spec))))
 
 
@@ -317,10 +343,21 @@ def test_a_tree_spec_that_could_import_or_inject_is_refused(honest: bytes, file:
     ("edit", "reason"),
     [
         (lambda b: b["graph_module"]["module_call_graph"][0].update(fqn="a'b"), "wanted letters"),
-        (lambda b: b["graph_module"]["module_call_graph"][0]["signature"].update(forward_arg_names=["a=1"]), "wanted a name"),
-        (lambda b: b["graph_module"]["module_call_graph"][0]["signature"].update(forward_arg_names=["if"]), "keyword"),
+        (
+            lambda b: b["graph_module"]["module_call_graph"][0]["signature"].update(
+                forward_arg_names=["a=1"]
+            ),
+            "wanted a name",
+        ),
+        (
+            lambda b: b["graph_module"]["module_call_graph"][0]["signature"].update(forward_arg_names=["if"]),
+            "keyword",
+        ),
         (lambda b: nodes(b)[0]["metadata"].update(stack_trace="x\rimport os"), "control characters"),
-        (lambda b: nodes(b)[0]["inputs"][0].update(arg={"as_custom_obj": {"name": "a", "class_fqn": "b"}}), "custom object"),
+        (
+            lambda b: nodes(b)[0]["inputs"][0].update(arg={"as_custom_obj": {"name": "a", "class_fqn": "b"}}),
+            "custom object",
+        ),
         (lambda b: b["graph_module"]["graph"].update(custom_obj_values={"a": {}}), "custom object"),
         (lambda b: b.update(something_new="eval('1')"), "wanted letters"),
         (lambda b: b["range_constraints"].update({"s0');": {"min_val": 1, "max_val": 2}}), "wanted letters"),
@@ -357,7 +394,9 @@ def test_weights_must_be_raw_numbers(
     assert reason in refusal(file(with_json(honest, _WEIGHTS, edit)))
 
 
-def test_weights_that_claim_more_than_they_bring_are_refused(honest: bytes, file: Callable[..., Path]) -> None:
+def test_weights_that_claim_more_than_they_bring_are_refused(
+    honest: bytes, file: Callable[..., Path]
+) -> None:
     assert "without its numbers" in refusal(file(with_entry(honest, "data/weights/weight_0", b"")))
 
 
@@ -383,13 +422,17 @@ def test_the_pickle_of_the_sample_inputs_may_only_build_tensors(
     assert reason in refusal(file(with_entry(honest, _INPUTS, saved(pickle))))
 
 
-def test_sample_inputs_that_hide_a_torchscript_archive_are_refused(honest: bytes, file: Callable[..., Path]) -> None:
+def test_sample_inputs_that_hide_a_torchscript_archive_are_refused(
+    honest: bytes, file: Callable[..., Path]
+) -> None:
     disguised = archive_of({"data.pkl": b"\x80\x02).", "constants.pkl": b"\x80\x02)."})
     assert "unexpected entry 'constants.pkl'" in refusal(file(with_entry(honest, _INPUTS, disguised)))
 
 
 def test_sample_inputs_that_are_a_bare_pickle_are_refused(honest: bytes, file: Callable[..., Path]) -> None:
-    assert "its sample inputs" in refusal(file(with_entry(honest, _INPUTS, pickle_calling("os", "mkdir", "x"))))
+    assert "its sample inputs" in refusal(
+        file(with_entry(honest, _INPUTS, pickle_calling("os", "mkdir", "x")))
+    )
 
 
 @pytest.mark.parametrize(
@@ -418,7 +461,10 @@ def test_an_entry_that_does_not_belong_is_refused(
     [
         (pickle_calling("os", "mkdir", "x"), "it is a pickle"),
         (saved(b"\x80\x02)."), "written by torch.save"),
-        (archive_of({"data.pkl": b"", "constants.pkl": b"", "code/__torch__.py": b""}), "written by torch.save"),
+        (
+            archive_of({"data.pkl": b"", "constants.pkl": b"", "code/__torch__.py": b""}),
+            "written by torch.save",
+        ),
         (archive_of({"constants.pkl": b"", "data.pkl": b""}), "TorchScript"),
         (archive_of({".data/extern_modules": b"", "m.py": b""}), "torch.package"),
         (archive_of({"serialized_state_dict.pt": b""}), "old format"),
@@ -478,11 +524,16 @@ def test_a_file_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
 def test_an_operator_of_another_version_is_named(honest: bytes, file: Callable[..., Path]) -> None:
     target = "torch.ops.attnopt.from_the_future.default"
     path = file(with_json(honest, _MODEL, lambda body: nodes(body)[1].update(target=target)))
-    with pytest.raises(SourceError, match="has no operator torch.ops.attnopt.from_the_future.default"):
+    with pytest.raises(SourceError, match=r"has no operator torch\.ops\.attnopt\.from_the_future"):
         load_program(path)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_damage_anywhere_ends_in_a_typed_error_or_in_the_same_program(
     honest: bytes, tmp_path: Path, data: st.DataObject
@@ -492,44 +543,51 @@ def test_damage_anywhere_ends_in_a_typed_error_or_in_the_same_program(
         damaged[data.draw(st.integers(0, len(honest) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / "damaged.pt2"
     path.write_bytes(damaged)
-    try:
-        inspect(path)
-    except AttnoptError as error:
-        assert str(path) in str(error)
+    assert str(path) in outcome(path)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(pickle=st.binary(max_size=60))
 def test_any_bytes_as_a_pickle_end_in_a_typed_error_or_pass_without_a_foreign_import(
     honest: bytes, tmp_path: Path, pickle: bytes
 ) -> None:
     path = tmp_path / "pickle.pt2"
     path.write_bytes(with_entry(honest, _INPUTS, saved(b"\x80\x02" + pickle)))
-    try:
-        inspect(path)
-    except UnsafeFileError as error:
-        assert "its sample inputs" in str(error)
+    assert "its sample inputs" in outcome(path) or outcome(path) == f"{path} passed"
 
 
 class TestWriting:
     """A result is there whole or not at all."""
+
+    def write_and_fail(self, path: Path, error: BaseException) -> None:
+        with atomic(path, force=True) as stream:
+            stream.write(b"half")
+            raise error
 
     def test_a_file_appears_with_the_usual_permissions(self, tmp_path: Path) -> None:
         with atomic(tmp_path / "a.txt") as stream:
             stream.write(b"all")
         (tmp_path / "plain.txt").write_bytes(b"")
         assert (tmp_path / "a.txt").read_bytes() == b"all"
-        assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE((tmp_path / "plain.txt").stat().st_mode)
+        assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(
+            (tmp_path / "plain.txt").stat().st_mode
+        )
 
     @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-    def test_a_failure_leaves_the_old_file_and_no_draft(self, tmp_path: Path, kind: type[BaseException]) -> None:
+    def test_a_failure_leaves_the_old_file_and_no_draft(
+        self, tmp_path: Path, kind: type[BaseException]
+    ) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes(b"old")
-        with pytest.raises(kind), atomic(path, force=True) as stream:
-            stream.write(b"half")
-            raise kind
+        with pytest.raises(kind):
+            self.write_and_fail(path, kind())
         assert path.read_bytes() == b"old"
-        assert os.listdir(tmp_path) == ["a.txt"]
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
     def test_an_existing_file_needs_force(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
@@ -543,7 +601,10 @@ class TestWriting:
         path.write_bytes(b"old")
         (tmp_path / "link").symlink_to(path)
         for name in ("a.txt", "link"):
-            with pytest.raises(OutputError, match="it is the input"), atomic(tmp_path / name, force=True, inputs=[path]):
+            with (
+                pytest.raises(OutputError, match="it is the input"),
+                atomic(tmp_path / name, force=True, inputs=[path]),
+            ):
                 pass
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
@@ -555,14 +616,10 @@ class TestWriting:
             pass
 
     def test_an_error_of_the_system_becomes_a_typed_one(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputError, match="No space left on device"), atomic(tmp_path / "a.txt") as stream:
+        with (
+            pytest.raises(OutputError, match="No space left on device"),
+            atomic(tmp_path / "a.txt") as stream,
+        ):
             stream.write(b"half")
             raise OSError(28, "No space left on device")
-        assert os.listdir(tmp_path) == []
-
-
-@pytest.fixture(autouse=True)
-def _quiet_torch() -> Iterator[None]:
-    """torch logs a warning before it fails on a bad file; the error says the same."""
-    torch._logging._internal.logging.getLogger("torch.export").setLevel("ERROR")
-    yield
+        assert list(tmp_path.iterdir()) == []

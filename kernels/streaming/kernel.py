@@ -1,0 +1,112 @@
+"""Streaming as a kernel for softmax sites: exact for any mask that is a band, skipping the blocks that nobody sees."""
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import add, and_
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attnopt.errors import UnsupportedError
+from attnopt.kernels.streaming.checks import DTYPES, WIDEST
+from attnopt.kernels.streaming.op import attend, four_dimensional
+from attnopt.kernels.streaming.reach import reach
+from attnopt.mask import Band, band
+from attnopt.rule import Cost, SiteMeta
+from attnopt.spec import AttentionSpec, EmptyRow
+
+#: Queries in a block, for the estimate of the pairs that are touched.
+BLOCK = 64
+
+
+class StreamingKernel:
+    """Softmax attention under causal, window, sinks, prefix, padding and dense masks (arXiv 2309.17453, 2307.08691)."""
+
+    name = "streaming"
+    family: Literal["softmax", "linear"] = "softmax"
+    exact = True
+    reads = frozenset({"scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits"})
+
+    def refuse(self, site: SiteMeta) -> str | None:
+        """Serves one float dtype, heads of at most 256 channels, and masks that are bands."""
+        if band(site.spec.mask) is None:
+            return (
+                f"mask {site.spec.mask} is not a band (causal, window, sinks, prefix, padding, dense tensors)"
+            )
+        dtypes = {site.operands[name].dtype for name in "qkv"}
+        if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+            return f"q, k and v are {', '.join(sorted(map(str, dtypes)))}: wanted one floating dtype"
+        if not 1 <= site.sizes.d <= WIDEST or site.sizes.dv > WIDEST:
+            return f"D = {site.sizes.d}, Dv = {site.sizes.dv}: wanted 1 to {WIDEST}"
+        if site.spec.sink_logits and site.spec.empty_row is EmptyRow.UNIFORM:
+            return "with learned sinks a row without keys is zero, not the mean of the values"
+        return None
+
+    def cost(self, site: SiteMeta) -> Cost:
+        """The pairs that blocks of queries touch; dense masks and biases are read once per head."""
+        s, form = site.sizes, _form(site.spec)
+        pairs = s.batch * s.heads * _pairs(form, s.sq, s.sk)
+        dense = len(form.opaque) + len(site.spec.bias)
+        rows = s.batch * (s.heads * s.sq + s.kv_heads * s.sk) * (s.d + s.dv)
+        width = site.operands["q"].dtype.itemsize
+        return Cost(float(rows * width + dense * pairs), 2.0 * pairs * (s.d + s.dv), _efficiency(site, dense))
+
+    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+        """One call of the op; several dense masks become one, several biases their sum."""
+        q, k, v = (operands[name] for name in "qkv")
+        form = _form(spec)
+        o, _, _ = attend(
+            *(q, k, v, _bias(spec, operands), _mask(form, operands), _padding(form, operands, q, k)),
+            operands["sink_logits"] if spec.sink_logits else None,
+            scale=spec.scale,
+            offset=None if form.offset is None else form.offset.at(q.shape[2], k.shape[2]),
+            window=form.window,
+            sinks=form.sinks,
+            prefix=form.prefix,
+            softcap=spec.softcap,
+            empty_row="nan" if spec.empty_row is EmptyRow.NEVER else spec.empty_row.value,
+        )
+        return o
+
+
+def _form(spec: AttentionSpec) -> Band:
+    form = band(spec.mask)
+    if form is None:
+        raise UnsupportedError(f"mask {spec.mask} is not a band; ask `refuse` before")
+    return form
+
+
+def _pairs(form: Band, sq: int, sk: int) -> int:
+    offset = None if form.offset is None else form.offset.at(sq, sk)
+    where = reach(
+        offset=offset, window=form.window, sinks=form.sinks, prefix=form.prefix, rows=sq, columns=sk
+    )
+    return where.pairs(BLOCK)
+
+
+def _efficiency(site: SiteMeta, dense: int) -> float:
+    """Beside the library's own kernels: measured in benchmarks/streaming_cpu.py and streaming_gpu.py."""
+    if dense:
+        return 0.25
+    return 0.3 if site.device.type == "cuda" else 0.45
+
+
+def _bias(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | None:
+    """The sum of all biases, not in less than fp32 if there are several."""
+    found = [four_dimensional(operands[name]) for name in spec.bias]
+    if len(found) < 2:
+        return found[0] if found else None
+    return reduce(add, (x.to(torch.promote_types(x.dtype, torch.float32)) for x in found))
+
+
+def _mask(form: Band, operands: Mapping[str, Tensor]) -> Tensor | None:
+    found = [four_dimensional(operands[name]) for name in form.opaque]
+    return reduce(and_, found) if found else None
+
+
+def _padding(form: Band, operands: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor | None:
+    return None if form.padding is None else operands[form.padding].expand(q.shape[0], k.shape[2])
+
+
+KERNEL = StreamingKernel()

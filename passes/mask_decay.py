@@ -1,0 +1,300 @@
+"""Reads decay matrices: M[h, i, j] = exp(g[h] * (i - j)), or exp(c[i] - c[j]), where visible and 0 elsewhere.
+
+The factor of retention (Sun et al. 2023, arXiv:2307.08621, eq. 5) and of Lightning Attention-2 (Qin et al. 2024,
+arXiv:2401.04658, eq. 3); with c the running sum of log decays, that of gated linear attention with a scalar gate.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+from torch.fx import Node
+
+from attnopt.mask import Mask
+from attnopt.passes.mask_algebra import KEY, QUERY, algebra_for
+from attnopt.passes.mask_bounds import Role
+from attnopt.passes.mask_formula import (
+    TRUE,
+    Call,
+    Cases,
+    Data,
+    Formula,
+    Logic,
+    NotUnderstood,
+    Number,
+    parts_of,
+)
+from attnopt.passes.mask_numbers import is_constant
+from attnopt.passes.mask_reader import MaskReader, as_numbers, index_of
+from attnopt.passes.mask_rules import reader_for
+from attnopt.passes.mask_writes import arguments, operation, writes_after
+from attnopt.passes.masks import Leaf, find_leaf
+from attnopt.passes.sizes import Size
+
+ONE = sympy.Integer(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Const:
+    """A number."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A tensor of the graph."""
+
+    leaf: Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Negative:
+    """-of."""
+
+    of: "Coefficient"
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The natural logarithm of `of`."""
+
+    of: "Coefficient"
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """left * right."""
+
+    left: "Coefficient"
+    right: "Coefficient"
+
+
+#: How to compute a log decay: plain arithmetic on tensors that the graph holds.
+Coefficient = Const | Read | Negative | Log | Times
+
+
+@dataclass(frozen=True, slots=True)
+class DecayReading:
+    """A proven decay matrix: exp(...) where `causal` is visible, 0 elsewhere.
+
+    kind "none": the exponent is 0. "per_head": it is log_decay * (i - j), all leaves have at most the role h.
+    "per_token": it is the sum of the log decays of tokens j+1 ... i; leaves have the roles (b, h, i) or fewer.
+    cumulative: log_decay is the running sum over tokens instead. The sign of log_decay is not known, unless constant.
+    """
+
+    causal: Mask
+    kind: Literal["none", "per_head", "per_token"]
+    log_decay: Coefficient | None = None
+    cumulative: bool = False
+
+
+#: factor * expr, added up: factors are opaque or constant, expressions are integers.
+Terms = Mapping[Number, sympy.Expr]
+
+
+def read_decay(
+    node: Node, roles: tuple[Role | None, ...], sizes: Mapping[Role, Size], *, at: Node | None = None
+) -> DecayReading | None:
+    """The decay matrix at `node`, or None where it is not proven to be one.
+
+    node: a tensor of floats, booleans or integers that multiplies Q K^T. roles, sizes, at: as in `read_visible`.
+    Where the graph multiplies exp(g * (i - j)) by a 0/1 mask, the exponential may overflow above the diagonal and
+    the product be NaN; the reading says 0 there.
+    """
+    reader = reader_for(node, sizes)
+    try:
+        value = reader.element_at(node, index_of(roles), at)
+        return _decay(reader, as_numbers(reader.logic, value))
+    except NotUnderstood:
+        return None
+
+
+def _decay(reader: MaskReader, cases: Cases) -> DecayReading | None:
+    weighing = {leaf: when for leaf, when in cases.items() if not _is_zero(leaf)}
+    visible = reader.logic.disj(weighing.values())
+    causal = algebra_for(reader.logic.bounds, visible).mask(visible)
+    if causal is None or not weighing:
+        return None
+    exponents = [_under(reader.logic, when, _exponent(leaf)) for leaf, when in weighing.items()]
+    if any(exponent != exponents[0] for exponent in exponents[1:]):
+        return None
+    return _named(reader, causal, exponents[0])
+
+
+def _is_zero(leaf: Number) -> bool:
+    if isinstance(leaf, Call) and leaf.op == "mul":
+        return any(map(_is_zero, leaf.args))
+    return leaf == sympy.Integer(0)
+
+
+def _exponent(leaf: Number) -> Terms:
+    """e, for a number that is exp(e)."""
+    match leaf:
+        case Call("exp", (argument,)):
+            return _linear(argument)
+        case Call("pow", (base, power)) if _is_scalar(base):
+            return _scaled(_log(base), _linear(power))
+        case Call("mul", (left, right)):
+            return _sum(_exponent(left), _exponent(right))
+        case Call("div", (left, right)):
+            return _sum(_exponent(left), _scaled(-ONE, _exponent(right)))
+    if leaf == ONE:
+        return {}
+    raise NotUnderstood
+
+
+def _log(base: Number) -> Number:
+    if not is_constant(base):
+        return Call("log", (base,))
+    number = float(base)
+    if number <= 0 or math.isinf(number):
+        raise NotUnderstood
+    return math.log(number)
+
+
+def _linear(leaf: Number) -> Terms:
+    """A number as a sum of factors times integer expressions."""
+    match leaf:
+        case sympy.Expr():
+            return {ONE: leaf}
+        case Call("neg", (argument,)):
+            return _scaled(-ONE, _linear(argument))
+        case Call("add", (left, right)):
+            return _sum(_linear(left), _linear(right))
+        case Call("sub", (left, right)):
+            return _sum(_linear(left), _scaled(-ONE, _linear(right)))
+        case Call("mul", (left, right)) if _is_scalar(left):
+            return _scaled(left, _linear(right))
+        case Call("mul", (left, right)) if _is_scalar(right):
+            return _scaled(right, _linear(left))
+    return {leaf: ONE}
+
+
+def _is_scalar(leaf: Number) -> bool:
+    """Whether a number is the same for all queries and keys."""
+    return not (_reads(leaf, QUERY) or _reads(leaf, KEY))
+
+
+def _sum(left: Terms, right: Terms) -> Terms:
+    total = {factor: sympy.expand(left.get(factor, 0) + right.get(factor, 0)) for factor in {**left, **right}}
+    return {factor: expr for factor, expr in total.items() if expr != 0}
+
+
+def _scaled(by: Number, terms: Terms) -> Terms:
+    if isinstance(by, sympy.Expr):
+        return {factor: sympy.expand(by * expr) for factor, expr in terms.items()}
+    return {(by if factor == ONE else Call("mul", (by, factor))): expr for factor, expr in terms.items()}
+
+
+def _under(logic: Logic, condition: Formula, terms: Terms) -> Terms:
+    """The terms where the condition holds: there |i - j| may be i - j."""
+    return {factor: _decided(logic, condition, expr) for factor, expr in terms.items()}
+
+
+def _decided(logic: Logic, condition: Formula, expr: sympy.Expr) -> sympy.Expr:
+    for inner in expr.atoms(sympy.Abs, sympy.Max, sympy.Min):
+        choices = (inner.args[0], -inner.args[0]) if isinstance(inner, sympy.Abs) else inner.args
+        sign = -1 if isinstance(inner, sympy.Min) else 1
+        beaten = {c: logic.conj(logic.at_most_zero(sign * (d - c)) for d in choices) for c in choices}
+        largest = [c for c in choices if logic.given(parts_of(condition), beaten[c]) == TRUE]
+        if largest:
+            expr = expr.subs(inner, largest[0])
+    return sympy.expand(expr)
+
+
+def _named(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | None:
+    if not exponent:
+        return DecayReading(causal, "none")
+    if len(exponent) == 2:
+        return _per_token(reader, causal, exponent)
+    ((factor, expr), *others) = exponent.items()
+    per_step = sympy.cancel(expr / (QUERY - KEY))
+    if others or not _is_scalar(factor) or not _is_scalar(per_step):
+        return None
+    rate = _times(_coefficient(reader, per_step), _coefficient(reader, factor))
+    is_growth = isinstance(rate, Const) and rate.value > 0
+    return None if is_growth else DecayReading(causal, "per_head", rate)
+
+
+def _per_token(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | None:
+    """exp(c[i] - c[j]), with c a tensor of the graph."""
+    at_query = next((f for f in exponent if _reads(f, QUERY) and not _reads(f, KEY)), None)
+    counts = reader.logic.bounds.counts
+    if at_query is None or sympy.expand(counts[QUERY] - counts[KEY]) != 0:
+        return None
+    sign = exponent[at_query]
+    if sign not in (ONE, -ONE) or exponent.get(_at_key(at_query)) != -sign:
+        return None
+    leaf = _leaf_of(reader, at_query, "bhi")
+    if leaf is None:
+        return None
+    terms = _summed(leaf)
+    log_decay = _times(Const(float(sign)), Read(terms or leaf))
+    return DecayReading(causal, "per_token", log_decay, cumulative=terms is None)
+
+
+def _reads(leaf: Number, position: sympy.Symbol) -> bool:
+    match leaf:
+        case Call(_, args):
+            return any(_reads(argument, position) for argument in args)
+        case Data(_, index):
+            return any(e.has(position) for e in index)
+    return isinstance(leaf, sympy.Expr) and leaf.has(position)
+
+
+def _at_key(leaf: Number) -> Number:
+    """The same number for the key's position instead of the query's."""
+    match leaf:
+        case Call(op, args):
+            return Call(op, tuple(map(_at_key, args)))
+        case Data(node, index):
+            return Data(node, tuple(e.subs(QUERY, KEY) for e in index))
+    return leaf.subs(QUERY, KEY) if isinstance(leaf, sympy.Expr) else leaf
+
+
+def _summed(leaf: Leaf) -> Leaf | None:
+    """The terms, where the leaf is a running sum over the tokens."""
+    if operation(leaf.node) != "cumsum" or "i" not in leaf.roles:
+        return None
+    held = arguments(leaf.node)
+    is_over_tokens = held["dim"] % len(leaf.roles) == leaf.roles.index("i")
+    return Leaf(held["self"], leaf.roles) if is_over_tokens and not writes_after(held["self"], None) else None
+
+
+def _coefficient(reader: MaskReader, leaf: Number) -> Coefficient:
+    """How to compute a number that depends on the head only."""
+    if is_constant(leaf):
+        return Const(float(leaf))
+    found = _leaf_of(reader, leaf, "h")
+    if found is not None:
+        return Read(found)
+    match leaf:
+        case Call("neg", (argument,)):
+            return _times(Const(-1.0), _coefficient(reader, argument))
+        case Call("log", (argument,)):
+            return Log(_coefficient(reader, argument))
+        case Call("mul", (left, right)):
+            return _times(_coefficient(reader, left), _coefficient(reader, right))
+        case sympy.Expr() if leaf.could_extract_minus_sign():
+            return _times(Const(-1.0), _coefficient(reader, -leaf))
+    raise NotUnderstood
+
+
+def _leaf_of(reader: MaskReader, number: Number, allowed: str) -> Leaf | None:
+    """The tensor of the graph that holds a number, if it has the allowed roles only."""
+    found = find_leaf(reader, number)
+    return found if found is not None and {role for role in found.roles if role} <= set(allowed) else None
+
+
+def _times(left: Coefficient, right: Coefficient) -> Coefficient:
+    match left, right:
+        case Const(a), Const(b):
+            return Const(a * b)
+        case (Const(1.0), other) | (other, Const(1.0)):
+            return other
+        case (Const(-1.0), other) | (other, Const(-1.0)):
+            return other.of if isinstance(other, Negative) else Negative(other)
+    return Times(left, right)
