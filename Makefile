@@ -29,7 +29,7 @@ check: $(INSTALLED)  ## format, lint, types, architecture: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy attnopt examples benchmarks
-	$(PYTEST) -q tests/test_architecture.py
+	$(PYTEST) -q tests/test_architecture.py tests/test_tests.py
 
 test: $(INSTALLED)  ## all tests that need no GPU
 	ATTNOPT_HYPOTHESIS=$(PROFILE) $(PYTEST) -n $(WORKERS)
@@ -44,8 +44,8 @@ bench: $(INSTALLED) $(WEIGHTS)  ## every benchmark; writes benchmarks/results/*.
 	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 format: $(INSTALLED)  ## rewrite the sources in the house format
-	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 $(BIN)/python:
 	@echo "== making $(VENV)"

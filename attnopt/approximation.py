@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
 from attnopt.passes import emit
@@ -42,12 +42,15 @@ class _Errors(Interpreter):
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         super().__init__(edits[0].shadow.module)
+        self.user_to_last_uses = _last_uses(self.graph)
         self.at_root = {edit.site.root: edit for edit in edits}
         self.needed = {node for edit in edits for node in emit.leaves(edit.site)}
         self.kept: dict[Node, Any] = {}
         self.found: dict[int, float] = {}
 
     def run_node(self, n: Node) -> Any:
+        if n.op == "output":
+            return None
         value = super().run_node(n)
         if n in self.needed:
             self.kept[n] = value
@@ -55,6 +58,18 @@ class _Errors(Interpreter):
             edit = self.at_root[n]
             self.found[edit.report] = _error(edit, [self.kept[leaf] for leaf in emit.leaves(edit.site)])
         return value
+
+
+def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
+    """The values that nobody reads after a node. The output does not count: a shadow returns each value it makes,
+    and a long text has not the memory for the scores of all layers at once.
+    """
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    last: dict[Node, list[Node]] = {}
+    for node in (n for n in graph.nodes if n.op != "output"):
+        readers = [user for user in node.users if user.op != "output"]
+        last.setdefault(max(readers, key=order.__getitem__, default=node), []).append(node)
+    return last
 
 
 def _error(edit: Edit, values: Sequence[Any]) -> float:

@@ -41,7 +41,7 @@ def attnopt(
     if mode not in (None, "default"):
         raise OptionError(f"mode={mode!r} is not an option of this backend; wanted none, or 'default'")
     original = copy.deepcopy(module) if chosen.verify in _AT_RUN_TIME else None
-    report, edits = rewrite_graph(module, chosen)
+    report, edits = rewrite_graph(module, chosen, gradient=torch.is_grad_enabled())
     keep(report)
     if chosen.strict:
         check_strict(report)
@@ -52,11 +52,14 @@ def attnopt(
 _AT_RUN_TIME = ("first", "sample", "always")
 
 
-def rewrite_graph(module: GraphModule, options: Options) -> tuple[Report, tuple[Edit, ...]]:
-    """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that."""
+def rewrite_graph(module: GraphModule, options: Options, *, gradient: bool) -> tuple[Report, tuple[Edit, ...]]:
+    """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that.
+
+    gradient: whether autograd will follow.
+    """
     saved = [(body, _snapshot(body.graph)) for body in _all_graphs(module)]
     try:
-        outcome = optimise(module, options, gradient=torch.is_grad_enabled())
+        outcome = optimise(module, options, gradient=gradient)
     except Exception as problem:  # noqa: BLE001 - fail closed: a bug here must never break the user's model
         _restore(saved)
         message = f"attnopt left a graph untouched: {type(problem).__name__}: {problem}"

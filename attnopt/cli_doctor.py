@@ -188,7 +188,7 @@ class _Toy(nn.Module):
         mask = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool).tril()
         for _ in range(2):
             scores = (x @ x.transpose(-1, -2) * 0.25).masked_fill(~mask, float("-inf"))
-            x = torch.softmax(scores, -1) @ x
+            x = x + torch.softmax(scores, -1) @ x
         return x
 
 

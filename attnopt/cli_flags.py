@@ -86,33 +86,6 @@ class Reported:
         raise typer.Exit(exit_code(error)) from error
 
 
-class Blame:
-    """A block that runs code of others: whatever it raises becomes an error of the given kind.
-
-    doing: what was tried, the beginning of the message. todo: what the user can do about it.
-    """
-
-    def __init__(
-        self, doing: str, todo: str = "", kind: type[errors.AttnoptError] = errors.SourceError
-    ) -> None:
-        self.doing, self.todo, self.kind = doing, todo, kind
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, errors.AttnoptError):
-            return
-        raised = self.kind
-        if isinstance(error, ImportError):
-            raised = errors.MissingError
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        said = f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
-        raise raised(f"{self.doing} failed: {said}{'; ' if self.todo else ''}{self.todo}") from error
-
-
 def exit_code(error: BaseException) -> int:
     """The exit code of a command that ends in `error`."""
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), INTERNAL)

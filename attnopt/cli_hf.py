@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnopt.cli_flags import Blame
-from attnopt.errors import MissingError, SourceError, UnsafeFileError
+from attnopt.errors import Blame, MissingError, SourceError, UnsafeFileError
 
 _TOKENS = 64
 _BYTES = 4  # of a parameter in float32

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from attnopt import files
-from attnopt.cli_flags import Blame
 from attnopt.cli_inputs import DynamicAxis, dynamic_shapes, random_input
-from attnopt.errors import SourceError, UnsafeFileError
+from attnopt.errors import Blame, SourceError, UnsafeFileError
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 _FORMS = "file.py:factory, package.module:factory, a Hugging Face folder or config.json, or a .pt2"
@@ -75,7 +74,7 @@ def load(text: str, inputs: Sequence[str] = (), *, allow_unsafe: bool = False) -
         raise SourceError(
             f"{text}: the factory returned no example inputs; return (model, args), or say --input SHAPE:DTYPE"
         )
-    if isinstance(source.model, nn.Module) and source.model.training:
+    if isinstance(source.model, nn.Module) and all(part.training for part in source.model.modules()):
         source = replace(
             source,
             notes=(*source.notes, "the model is in training mode; call .eval() in the factory if not meant"),

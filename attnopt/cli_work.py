@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 
 from attnopt import cli_bench, cli_compare, cli_sources, files
 from attnopt.cli_compare import OutputCheck
-from attnopt.cli_flags import Blame, Output
+from attnopt.cli_flags import Output
 from attnopt.cli_sources import Source
-from attnopt.errors import OptionError, OutputError, SourceError, VerificationError
+from attnopt.errors import Blame, OptionError, OutputError, SourceError, VerificationError
 from attnopt.options import Options
 from attnopt.programs import explain as explain_model
 from attnopt.programs import rewrite as rewrite_program

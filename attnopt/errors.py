@@ -43,3 +43,26 @@ class ReportError(AttnoptError, ValueError):
 
 class OutputError(AttnoptError):
     """A file cannot be written: it exists, it is the input, or the folder does not let us."""
+
+
+class Blame:
+    """A block that runs code of others: whatever it raises becomes an error of the given kind.
+
+    doing: what was tried, the beginning of the message. todo: what the user can do about it.
+    """
+
+    def __init__(self, doing: str, todo: str = "", kind: type[AttnoptError] = SourceError) -> None:
+        self.doing, self.todo, self.kind = doing, todo, kind
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, AttnoptError):
+            return
+        raised = self.kind
+        if isinstance(error, ImportError):
+            raised = MissingError
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
+        raise raised(f"{self.doing} failed: {said}{'; ' if self.todo else ''}{self.todo}") from error

@@ -1,17 +1,17 @@
 """Files: looking into a .pt2 before it is loaded, loading it, and writing results so that no half of one remains."""
 
 import importlib
+import io
 import os
 import re
 import secrets
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from attnopt.errors import MissingError, OutputError, SourceError, UnsafeFileError
+from attnopt.errors import Blame, MissingError, OutputError, SourceError, UnsafeFileError
 from attnopt.files_graph import Contents, check_program, parse
 from attnopt.files_pickle import check_saved
 from attnopt.files_zip import Archive, names_in, open_archive
@@ -53,11 +53,6 @@ _REGISTRARS = MappingProxyType(
     }
 )
 
-#: What torch.export.load raises on a file that is sound as an archive but not as a program.
-_LOAD_ERRORS = (
-    RuntimeError, AssertionError, LookupError, ValueError, TypeError, AttributeError, OSError, zipfile.BadZipFile,
-)  # fmt: skip
-
 
 def inspect(path: Path) -> Contents:
     """What the program in a .pt2 calls and needs. Nothing is loaded, unpickled or imported.
@@ -78,14 +73,47 @@ def load_program(path: Path, *, allow_unsafe: bool = False) -> "ExportedProgram"
     with _opened(path) as stream:
         if not allow_unsafe:
             _prepare(path, _inspect(path, stream))
-        return _load(path, stream)
+        importlib.import_module("attnopt.ops")
+        stream.seek(0)
+        with Blame(
+            f"loading {path} with torch.export", "it may be of another version of torch; -v shows more"
+        ):
+            return _load_as_is(stream) if allow_unsafe else _load(stream)
 
 
 def save_program(program: "ExportedProgram", stream: BinaryIO) -> None:
-    """Writes `program` as a .pt2 into `stream` (see `atomic`)."""
+    """Writes `program` as a .pt2 into `stream` (see `atomic`). Raises what the stream raises, such as a full disk."""
     import torch
 
-    torch.export.save(program, stream)
+    steady = _Steady(stream)
+    torch.export.save(program, steady)
+    if steady.error:
+        raise steady.error
+
+
+class _Steady(io.RawIOBase):
+    """A stream that never fails while torch writes, since torch would end the process; `error` is told afterwards."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.stream.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.stream.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
 
 
 @contextmanager
@@ -237,15 +265,18 @@ def _register(path: Path, package: str) -> None:
         raise MissingError(f"{path} needs the package {package}; install it") from error
 
 
-def _load(path: Path, stream: BinaryIO) -> "ExportedProgram":
+def _load(stream: BinaryIO) -> "ExportedProgram":
+    """What torch.export.load does, but telling the cause when it fails."""
+    from torch.export.pt2_archive._package import load_pt2
+
+    return load_pt2(stream).exported_programs["model"]
+
+
+def _load_as_is(stream: BinaryIO) -> "ExportedProgram":
+    """Reads older forms, too."""
     import torch
 
-    importlib.import_module("attnopt.ops")
-    stream.seek(0)
-    try:
-        return torch.export.load(stream)
-    except _LOAD_ERRORS as error:
-        raise SourceError(f"torch cannot load {path}: {type(error).__name__}: {error}") from error
+    return torch.export.load(stream)
 
 
 def _sync_folder(folder: Path) -> None:

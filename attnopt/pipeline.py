@@ -92,7 +92,7 @@ class _Pass:
             found = list(read(shadow, rules()))
         edits: list[Edit] = []
         values = dict(shadow.value_of)
-        reports = [self._decide(shadow, each, edits, values) for each in found]
+        reports = [self._decide(shadow, each, edits, n, values) for n, each in enumerate(found)]
         with self.clock.measure("splice"):
             splice.finish(shadow, [edit.site for edit in edits])
             module.graph.lint()
@@ -100,7 +100,9 @@ class _Pass:
         graph = GraphReport(nodes_before=before, nodes_after=len(module.graph.nodes), seconds=dict(self.clock.seconds))
         return Outcome(tuple(reports), (graph,), tuple(edits))
 
-    def _decide(self, shadow: Shadow, found: "Found", edits: list[Edit], values: dict[Node, Node]) -> SiteReport:
+    def _decide(
+        self, shadow: Shadow, found: "Found", edits: list[Edit], number: int, values: dict[Node, Node]
+    ) -> SiteReport:
         """The verdict on one anchor; a rewritten site is spliced in. `values` as in `splice.splice`."""
         if found.site is None:
             return _left_alone(shadow, found)
@@ -120,7 +122,7 @@ class _Pass:
             return replace(report, verdict="refused", reason=check.reason, error=check.error, kernel=None)
         try:
             with self.clock.measure("splice"):
-                splice.splice(shadow, site, splice.trace_call(site, choice.spec, choice.kernel.run))
+                splice.splice(shadow, site, splice.trace_call(shadow, site, choice.spec, choice.kernel.run), values)
         except Reject as reject:
             return replace(report, verdict="refused", reason=reject.reason, kernel=None)
         edits.append(Edit(shadow, site, choice.spec, choice.kernel, number))

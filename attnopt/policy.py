@@ -4,10 +4,10 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from attnopt.mask import Causal, First, Window, band
+from attnopt.mask import BOTTOM_RIGHT, And, Causal, First, Mask, Opaque, Or, Window, band
 from attnopt.options import Options
 from attnopt.rule import Kernel, SiteMeta
-from attnopt.spec import AttentionSpec, Sparse, unread_fields
+from attnopt.spec import AttentionSpec, EmptyRow, Sparse, unread_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,10 @@ def is_quarantined(kernel: str, spec: AttentionSpec) -> bool:
 def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choice:
     """The cheapest kernel that states the site exactly, or the approximation that the user named."""
     allowed = [kernel for kernel in kernels if _is_allowed(kernel, options)]
+    if options.assume_causal and has_opaque(site.spec.mask):
+        waived = replace(site.spec, mask=assumed_causal(site.spec.mask), empty_row=EmptyRow.NEVER)
+        chosen = choose(replace(site, spec=waived), kernels, replace(options, assume_causal=False))
+        return _noted(replace(chosen, exact=False), "its mask could not be proven and is taken as causal, on your word")
     wanted = _approximation(site, options)
     if isinstance(wanted, AttentionSpec):
         chosen = _serve(replace(site, spec=wanted), allowed, exact=False)
@@ -47,6 +51,22 @@ def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choic
             return chosen
         return _noted(_serve(site, allowed, exact=True), f"{options.softmax} cannot serve it ({chosen.reason})")
     return _noted(_serve(site, allowed, exact=True), wanted)
+
+
+def has_opaque(mask: Mask) -> bool:
+    """Whether part of the mask is a tensor of unknown form."""
+    if isinstance(mask, And | Or):
+        return any(has_opaque(part) for part in mask.parts)
+    return isinstance(mask, Opaque)
+
+
+def assumed_causal(mask: Mask) -> Mask:
+    """The mask with its unknown parts taken as causal, the last query aligned with the last key."""
+    known = [part for part in (mask.parts if isinstance(mask, And) else (mask,)) if not has_opaque(part)]
+    result: Mask = Causal(BOTTOM_RIGHT)
+    for part in known:
+        result = result & part
+    return result
 
 
 def _is_allowed(kernel: Kernel, options: Options) -> bool:

@@ -12,10 +12,9 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec
 from torch.fx import GraphModule, Node
 
 from attnopt.approximation import measure
-from attnopt.backend import check_strict, keep, make_report, rewrite_graph
+from attnopt.backend import check_strict, keep, rewrite_graph
 from attnopt.errors import OptionError, UnsupportedError
 from attnopt.options import Options
-from attnopt.pipeline import optimise
 from attnopt.report import Report, merge
 
 Settings = Mapping[str, object] | Options | None
@@ -27,7 +26,8 @@ def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[Exporte
     program: as torch.export.export makes it. options: see `attnopt.Options`. The result saves and loads with
     torch.export (after `import attnopt`, which registers the kernels' operators).
 
-    Raises OptionError, UnsupportedError if `program` is something else, StrictError with `strict=True`.
+    Raises OptionError, UnsupportedError if `program` is something else, StrictError with `strict=True`. If attnopt
+    itself fails, the program comes back as it was, with one warning that the report repeats.
     """
     chosen = Options.parse(options)
     if not isinstance(program, ExportedProgram):
@@ -35,14 +35,22 @@ def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[Exporte
             f"rewrite() got a {type(program).__name__}; wanted a torch.export.ExportedProgram "
             "(torch.export.export(model, args)), or use torch.compile(model, backend='attnopt')"
         )
-    module = copy.deepcopy(program.graph_module)
-    outcome = optimise(module, chosen, gradient=False)
-    report = measure(make_report(outcome, chosen), outcome.edits, program)
+    module = _copied(program.graph_module)
+    plain, edits = rewrite_graph(module, chosen, gradient=False)
+    report = measure(plain, edits, program)
     keep(report)
     if chosen.strict:
         check_strict(report)
     signature = _renamed(program.graph_signature, module)
     return program._update(module, signature), report  # noqa: SLF001 - the only way to keep the program's other parts
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    """A deep copy with the names of the original; copying by itself renames what is called `input`."""
+    copied = copy.deepcopy(module)
+    for old, new in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        new.name = old.name
+    return copied
 
 
 def _renamed(signature: ExportGraphSignature, module: GraphModule) -> ExportGraphSignature:
@@ -72,7 +80,7 @@ def explain(
 
     def look(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         del inputs
-        found.append(rewrite_graph(copy.deepcopy(module), chosen)[0])
+        found.append(rewrite_graph(copy.deepcopy(module), chosen, gradient=torch.is_grad_enabled())[0])
         return module.forward
 
     before = dict(counters["graph_break"])

@@ -10,9 +10,9 @@ from attnopt.mask import FULL, Mask
 
 
 class EmptyRow(Enum):
-    """What a query that sees no key returns."""
+    """What a query returns that sees no key: the mask hides all, or a bias is -inf for all."""
 
-    NEVER = "never"  # proven: every query sees a key
+    NEVER = "never"  # proven: the mask leaves every query a key (where a bias hides all: NaN)
     NAN = "nan"  # -inf fill and plain softmax
     ZERO = "zero"  # scaled_dot_product_attention, the safe softmax
     UNIFORM = "uniform"  # a finite fill that absorbs the score: the mean of all values

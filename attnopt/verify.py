@@ -5,7 +5,7 @@ reference kernel on the same values. They must agree to 1e-9 in every row, NaN f
 batches are cut down to small ones where the graph allows it; equal sites cost one check.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
-from attnopt.mask import And, First, Mask, Or, Window
+from attnopt.mask import And, Causal, First, Mask, Or, Window
 from attnopt.passes import emit
 from attnopt.passes.layout import Axis
+from attnopt.passes.site import Operand
 from attnopt.passes.replay import Replay, normal_form
 from attnopt.passes.sizes import Concrete, product
 from attnopt.rule import Reject, Site
@@ -29,6 +30,8 @@ BUDGET = 2**22
 #: A window or sink longer than this is not reached by the check at reduced sizes.
 LONGEST = 600
 SHORT = 11
+#: Steepest log decay that a check draws: a graph may compute its inverse above the diagonal, and multiply it by 0.
+STEEPEST = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,13 @@ def validate(shadow: Shadow, site: Site, done: Checks) -> Check:
 
 
 def _validate(replay: Replay, site: Site) -> Check:
-    check = _attempt(replay, site, _reduced(site))
-    if check.agrees:
+    numbers = {*replay.numbers, *_lengths_of(site.spec.mask)}
+    check = _attempt(replay, site, _reduced(site, numbers))
+    if check.agrees and not _lie_beyond(site, numbers):
         return check
     if _fits(site, Concrete()):
         return _attempt(replay, site, Concrete())
-    return check if check.error is None else replace(check, error=None, reason="too large to check at its own sizes")
+    return check if check.agrees or check.error is None else replace(check, error=None, reason="too large to check at its own sizes")
 
 
 def _attempt(replay: Replay, site: Site, sizes: Concrete) -> Check:
@@ -103,7 +107,7 @@ def row_error(actual: Tensor, expected: Tensor) -> float:
 def without_casts(site: Site) -> Site:
     """The same site computing in whatever dtype its operands have."""
     operands = {
-        name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times))  # type: ignore[type-var, attr-defined]
+        name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times)) if isinstance(o, Operand) else o
         for name, o in site.operands.items()
     }
     return replace(site, operands=operands, result=replace(emit.result_of(site), dtype=torch.float64))
@@ -114,10 +118,10 @@ def _fits(site: Site, sizes: Concrete) -> bool:
     return product(sizes.of(a.size) for a in (*roles.batch, *roles.heads, *roles.query, *roles.key)) <= BUDGET
 
 
-def _reduced(site: Site) -> Concrete:
-    """Batches and sequences cut short, wherever the graph writes those numbers."""
+def _reduced(site: Site, numbers: Iterable[int]) -> Concrete:
+    """Batches and sequences cut short, wherever the graph writes those numbers, yet beyond its other `numbers`."""
     roles = emit.result_of(site).roles
-    short = max([SHORT, *(n + 5 for n in _lengths_of(site.spec.mask) if n <= LONGEST)])
+    short = max([SHORT, *(n + 5 for n in numbers if n <= LONGEST)])
     sizes: dict[int, int] = {}
     for axes, small in ((roles.query, short), (roles.key, short + 2), (roles.batch, 2)):
         for axis in axes:
@@ -126,11 +130,22 @@ def _reduced(site: Site) -> Concrete:
     return Concrete(sizes)
 
 
+def _lie_beyond(site: Site, numbers: Iterable[int]) -> bool:
+    """Whether some number lies within the sequences, but beyond those that were cut short."""
+    roles = emit.result_of(site).roles
+    longest = max((a.size for a in (*roles.query, *roles.key) if isinstance(a.size, int)), default=0)
+    return any(LONGEST < n < longest for n in numbers)
+
+
 def _lengths_of(mask: Mask) -> list[int]:
     match mask:
         case And(parts) | Or(parts):
             return [n for part in parts for n in _lengths_of(part)]
-        case Window(n) | First(n):
+        case Window(n, offset):
+            return [n, abs(offset.const)]
+        case Causal(offset):
+            return [abs(offset.const)]
+        case First(n):
             return [n]
     return []
 
@@ -145,14 +160,13 @@ def _lengths(site: Site, sizes: Concrete) -> dict[Axis, int]:
 def _values(site: Site, lengths: Mapping[Axis, int], family: "Family") -> dict[Node, Any]:
     generator = torch.Generator().manual_seed(0)
     values: dict[Node, Any] = {}
-    for name, operand in site.operands.items():
-        for part, kind in ((operand, name), *((t, "factor") for t in operand.times)):  # type: ignore[attr-defined]
-            if part.node not in values:
-                values[part.node] = _value(part, kind, lengths, family, generator)
+    for name, part in emit.parts(site):
+        if part.node not in values:
+            values[part.node] = _value(part, name, lengths, family, generator)
     return values
 
 
-def _value(operand: Any, name: str, lengths: Mapping[Axis, int], family: "Family", generator: torch.Generator) -> Any:
+def _value(operand: Operand, name: str, lengths: Mapping[Axis, int], family: "Family", generator: torch.Generator) -> Any:
     made = operand.node.meta["val"]
     if not isinstance(made, Tensor):
         return 0.37
@@ -162,7 +176,13 @@ def _value(operand: Any, name: str, lengths: Mapping[Axis, int], family: "Family
     if not made.dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator)
     value = family(shape, generator)
-    return -value.abs() if name == "log_decay" else value
+    return _decaying(operand, value) if name == "log_decay" else value
+
+
+def _decaying(operand: Operand, value: Tensor) -> Tensor:
+    """Values that make `operand`, a log decay, negative, and small enough for exp(distance * |log decay|) to exist."""
+    wanted = -value.abs().clamp_max(STEEPEST) / operand.factor
+    return wanted.exp() if operand.function == "log" else wanted
 
 
 Family = Callable[[Sequence[int], torch.Generator], Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 LanguageModel = Callable[[Tensor], Tensor]
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -86,7 +86,7 @@ def exact_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 class _Fp64(TorchFunctionMode):
-    """Takes every request for fp32 as one for fp64 (norms and softmax in a model like to ask for fp32)."""
+    """Takes a request to bring fp64 down to fp32 as one for fp64 (norms and softmax in a model like to ask for it)."""
 
     def __torch_function__(
         self,
@@ -96,8 +96,9 @@ class _Fp64(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> Any:
         given = (args, kwargs or {})
-        positional, named = tree_map(lambda x: torch.float64 if x is torch.float32 else x, given)
-        return func(*positional, **named)
+        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_leaves(given)):
+            given = tree_map(lambda x: torch.float64 if x is torch.float32 else x, given)
+        return func(*given[0], **given[1])
 
 
 def _timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:

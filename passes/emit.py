@@ -1,13 +1,13 @@
 """Brings operands into their canonical layout and the kernel's output back: plain tensor code, traced by `splice`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnopt.passes.layout import Axes, Axis, Dims
-from attnopt.passes.site import Operand, Result, Roles
+from attnopt.passes.site import Filled, Operand, Result, Roles
 from attnopt.rule import Reject, Site
 from attnopt.spec import AttentionSpec
 
@@ -19,11 +19,15 @@ Lengths = dict[Axis, Any]  # axis -> int or SymInt
 
 def leaves(site: Site) -> list[Any]:
     """The nodes whose values the call takes, each once, in a fixed order."""
-    found: dict[Any, None] = {}
-    for operand in site.operands.values():
-        for part in (operand, *operand.times):  # type: ignore[attr-defined]
-            found.setdefault(part.node, None)
-    return list(found)
+    return list(dict.fromkeys(part.node for _, part in parts(site)))
+
+
+def parts(site: Site) -> Iterator[tuple[str, Operand]]:
+    """What the operands are made of: each under its own name, what is multiplied onto one under "factor"."""
+    for name, operand in site.operands.items():
+        if isinstance(operand, Operand):
+            yield name, operand
+            yield from (("factor", factor) for factor in operand.times)
 
 
 def call(site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given: Lengths | None = None) -> Tensor:
@@ -48,14 +52,24 @@ def operands(site: Site, spec: AttentionSpec, values: Sequence[Any], sizes: Leng
     """The canonical operands that `spec` names."""
     held = dict(zip(leaves(site), values, strict=True))
     roles = result_of(site).roles
-    return {name: arrange(site.operands[name], name, roles, held, sizes) for name in spec.operand_names()}  # type: ignore[arg-type]
+    return {name: _operand(site.operands[name], name, roles, held, sizes) for name in spec.operand_names()}
+
+
+def _operand(operand: object, name: str, roles: Roles, held: Mapping[Any, Any], sizes: Lengths) -> Tensor:
+    if isinstance(operand, Filled):
+        like = next(value for value in held.values() if isinstance(value, Tensor) and value.is_floating_point())
+        shape = [_merged(axes, sizes) for axes in operand.layout]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.full(shape, operand.value, dtype=dtype, device=like.device)
+    assert isinstance(operand, Operand)
+    return arrange(operand, name, roles, held, sizes)
 
 
 def lengths(site: Site, values: Sequence[Any], given: Lengths | None = None) -> Lengths:
     """The length of every axis, from the shapes of the tensors at hand."""
     held = dict(zip(leaves(site), values, strict=True))
-    parts = [p for o in site.operands.values() for p in (o, *o.times)]  # type: ignore[attr-defined]
-    pending = [(axes, size) for p in parts if isinstance(held[p.node], Tensor) for axes, size in _pairs(p, held[p.node])]
+    tensors = [p for _, p in parts(site) if isinstance(held[p.node], Tensor)]
+    pending = [pair for p in tensors for pair in _pairs(p, held[p.node])]
     known: Lengths = dict(given or {})
     while pending:
         left = [(axes, size) for axes, size in pending if not _solve(axes, size, known)]
@@ -98,11 +112,13 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
     value = value if operand.dtype is None else _cast(value, operand.dtype)
     needed = operand.layout is not None or name.rstrip("0123456789") in ("q", "k", "v", "padding", "sink_logits")
     out = _to_layout(value, operand.dims, operand.layout or roles.layout(name), sizes, expand=needed)
+    out = out.log() if operand.function == "log" else out
+    beside = operand.layout or (*roles.layout(name)[:-1], ())
     for factor in operand.times:
         other = held[factor.node]
         scaled = other
         if isinstance(other, Tensor):
-            scaled = _to_layout(other, factor.dims, (roles.batch, roles.heads, roles.query, ()), sizes, expand=False)
+            scaled = _to_layout(other, factor.dims, beside, sizes, expand=False)
             scaled = _cast(scaled, out.dtype)
         out = out / scaled if factor.inverse else out * scaled
     if operand.factor != 1.0:

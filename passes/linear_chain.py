@@ -1,4 +1,4 @@
-"""Walks upwards from an operand of one product to another product: what multiplies, divides, or zeroes it on the way."""
+"""Walks upwards from an operand of a product to another product: what multiplies, divides or zeroes it on the way."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,11 +21,15 @@ LONGEST = 24
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A condition that decides where a value is kept and where it becomes 0; `hides`: True means 0."""
+    """A condition that decides where a value is kept and where it becomes 0; `hides`: True means 0.
+
+    user: the node that reads it.
+    """
 
     node: Node
     dims: Dims
     hides: bool
+    user: Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +156,10 @@ def _on(node: Any, dims: Dims, fold: Callable[[Weighting], Weighting]) -> list[S
     return [Step(node, broadcast_up(dims, shape_of(node)), fold)]
 
 
-def end_of(given: Node, dims: Dims) -> End:
-    """A tensor, or a number that depends on sizes, that is broadcast to a value with the dimensions `dims`."""
+def end_of(given: Node, dims: Dims, user: Node) -> End:
+    """A tensor, or a number that depends on sizes, that `user` broadcasts to the dimensions `dims`."""
     value = given.meta.get("val")
-    return End(given, broadcast_up(dims, shape_of(given)) if isinstance(value, Tensor) else ())
+    return End(given, broadcast_up(dims, shape_of(given)) if isinstance(value, Tensor) else (), user)
 
 
 def _mul(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
@@ -167,20 +171,19 @@ def _mul(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
         if value is other:
             return _on(value, dims, lambda w: replace(w, strange=(*w.strange, ("squared scores", node))))
         if isinstance(other, Node):
-            end = end_of(other, dims)
+            end = end_of(other, dims, node)
             found += _on(value, dims, lambda w, end=end: replace(w, factors=(*w.factors, end)))  # type: ignore[misc]
     return found
 
 
 def _div(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
-    del node
     value, other = held["self"], held["other"]
     if held.get("rounding_mode"):
         return []
     number = constant(other)
     if number is not None:
         return _on(value, dims, lambda w: w.times(1 / number)) if number else []
-    end = end_of(other, dims)
+    end = end_of(other, dims, node)
     return _on(value, dims, lambda w: replace(w, divisors=(*w.divisors, end)))
 
 
@@ -190,24 +193,27 @@ def _neg(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
 
 
 def _masked_fill(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
-    del node
-    return _gated(held["self"], held["mask"], held["value"], dims, hides=True)
+    gate = _gate(held["mask"], dims, node, hides=True)
+    return _gated(held["self"], gate, held["value"], dims)
 
 
 def _where(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
-    del node
-    condition, then, other = held["condition"], held.get("self"), held.get("other")
-    return [
-        *_gated(then, condition, other, dims, hides=False),
-        *_gated(other, condition, then, dims, hides=True),
-    ]
+    keeps, hides = (_gate(held["condition"], dims, node, hides=hides) for hides in (False, True))
+    then, other = held.get("self"), held.get("other")
+    return [*_gated(then, keeps, other, dims), *_gated(other, hides, then, dims)]
 
 
-def _gated(value: Any, condition: Any, filled: Any, dims: Dims, *, hides: bool) -> list[Step]:
-    if not isinstance(condition, Node) or not is_zero(filled):
+def _gate(condition: Node, dims: Dims, user: Node, *, hides: bool) -> Gate:
+    return Gate(condition, broadcast_up(dims, shape_of(condition)), hides, user)
+
+
+def _gated(value: Any, gate: Gate, filled: Any, dims: Dims) -> list[Step]:
+    if not is_zero(filled):
         return []
-    gate = Gate(condition, broadcast_up(dims, shape_of(condition)), hides)
-    return _on(value, dims, lambda w: replace(w, gates=(*w.gates, gate)))
+    beside = (
+        (filled,) if isinstance(filled, Node) else ()
+    )  # zeros_like(scores) uses the scores, though not their values
+    return _on(value, dims, lambda w: replace(w, gates=(*w.gates, gate), path=(*w.path, *beside)))
 
 
 def is_zero(given: Any) -> bool:

@@ -15,10 +15,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A tensor that enters a product, with its dimensions."""
+    """A tensor that enters a product, or is multiplied onto one; its dimensions, and the node that reads it."""
 
     node: Node
     dims: Dims
+    user: Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ def product_of(node: Node) -> Product | None:
     """The node as a product, or None; also None where another tensor is added to it."""
     form = contraction(node)
     if form is not None:
-        terms = ((form.lhs, form.lhs_letters), (form.rhs, form.rhs_letters))
-        return Product(node, terms, form.out_letters, form.factor) if form.added is None else None
+        both = ((form.lhs, form.lhs_letters), (form.rhs, form.rhs_letters))
+        return Product(node, both, form.out_letters, form.factor) if form.added is None else None
     if node.op != "call_function" or node.target != aten.einsum.default:
         return None
     terms, out = einsum_terms(node)
@@ -50,7 +51,7 @@ def ends_of(space: Space, form: Product, out: Dims) -> tuple[End, ...]:
         for letter, size in zip(letters, shape_of(node), strict=True):
             if not known.get(letter):
                 known[letter] = space.fresh(size)
-    return tuple(End(node, _dims(node, letters, known)) for node, letters in form.terms)
+    return tuple(End(node, _dims(node, letters, known), form.node) for node, letters in form.terms)
 
 
 def _dims(node: Node, letters: Letters, known: dict[str, Axes]) -> Dims:

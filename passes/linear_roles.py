@@ -4,7 +4,7 @@ o[i, e] = sum over j and d of q[i, d] k[j, d] v[j, e]: the keys are the tensor t
 the others. Without a mask the same value is, read from the other end, attention over d: then the cheaper order counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -23,16 +23,11 @@ from attnopt.shadow import Shadow, fake_value
 class Base:
     """A tensor of the triple product as far up as views, upcasts and constant factors reach."""
 
+    end: End
     node: Node
     dims: Dims
     factor: float
     axes: frozenset[Axis]
-
-
-def base_of(space: Space, end: End) -> Base:
-    """What `end` is made of."""
-    node, dims, factor = peel(space, end.node, end.dims)
-    return Base(node, dims, factor, frozenset(flat(space, dims)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +47,22 @@ class Trio:
     key: Axes
     dv: Axes
 
+    @property
+    def bases(self) -> tuple[Base, Base, Base]:
+        """Queries, keys and values."""
+        return self.q, self.k, self.v
 
-def trios(space: Space, ends: Sequence[End], out: Dims) -> list[Trio]:
-    """Every reading of a product with these tensors and this output."""
-    bases = [base_of(space, end) for end in ends]
-    order = flat(space, out)
+
+def trios(space: Space, ends: Sequence[End], out: Dims, weighed: Callable[[], frozenset[Axis]]) -> list[Trio]:
+    """Every reading of a product with these tensors and this output; `weighed`: axes of what is done to the weights."""
+    peeled = [(end, *peel(space, end.node, end.dims)) for end in ends]
     # Peeling one tensor may have split axes of another.
-    settled = [Base(b.node, space.resolve(b.dims), b.factor, frozenset(flat(space, b.dims))) for b in bases]
-    found = (_trio(order, chosen) for chosen in permutations(settled) if _is_in_order(settled, chosen[3:]))
-    return [trio for trio in found if trio is not None]
+    bases = [
+        Base(e, node, space.resolve(d), factor, frozenset(flat(space, d))) for e, node, d, factor in peeled
+    ]
+    order, also = flat(space, out), weighed()
+    found = (_trio(order, chosen) for chosen in permutations(bases) if _is_in_order(bases, chosen[3:]))
+    return [t for t in found if t is not None and also <= {*t.shared, *t.alone, *t.key}]
 
 
 def _is_in_order(bases: Sequence[Base], others: Sequence[Base]) -> bool:
@@ -107,7 +109,7 @@ def cheapest(found: Sequence[Trio], out: Dims) -> Trio:
 
 
 def _work(trio: Trio) -> int:
-    lengths = _lengths((trio.q, trio.k, trio.v))
+    lengths = _lengths(trio.bases)
     d, dv, key, alone = (_product(lengths, axes) for axes in (trio.d, trio.dv, trio.key, trio.alone))
     return d * dv * (key + alone)
 
@@ -131,7 +133,7 @@ def role_candidates(trio: Trio, paired: frozenset[Axis]) -> Iterator[Roles]:
     Which of the axes that only queries have counts the queries (the others share key heads), and which shared axes
     are heads, follows from the names of no axis: it is tried what those tensors mean.
     """
-    lengths = _lengths((trio.q, trio.k, trio.v))
+    lengths = _lengths(trio.bases)
     queries = sorted(trio.alone, key=lambda a: (a in paired, lengths.get(a, 0)), reverse=True)
     for query in queries:
         share = tuple(a for a in trio.alone if a is not query)

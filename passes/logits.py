@@ -73,34 +73,33 @@ class LogitsReader:
         return self._combine([*filled, *kept], biases, empty)
 
     def _fill(self, fill: Fill) -> Hidden:
-        lowest = torch.finfo(fill.node.meta["val"].dtype).min if fill.node.meta["val"].is_floating_point() else NEGLIGIBLE
-        if not fill.value <= max(NEGLIGIBLE, lowest):
+        if not fill.value <= max(NEGLIGIBLE, torch.finfo(fill.dtype).min):
             raise Reject(f"masked scores become {fill.value:g}, which still weighs", fill.node)
-        roles = self._roles_of(fill.dims)
+        roles = self.roles_of(fill.dims)
         if roles is None:
             operand = Operand(fill.node, fill.dims, negated=fill.hides)
             return Hidden(Opaque("mask"), {"mask": operand}, fill.value)
-        reading = read_visible(fill.node, roles, self._sizes(), negated=fill.hides)
+        reading = read_visible(fill.node, roles, self.sizes(), negated=fill.hides)
         return Hidden(reading.mask, self._operands(reading), fill.value)
 
     def _additive(self, term: Term) -> Hidden | None:
         value = term.node.meta.get("val")
         if not isinstance(value, Tensor):
             raise Reject("a number that depends on sizes is added to the scores", term.node)
-        roles = self._roles_of(term.dims)
+        roles = self.roles_of(term.dims)
         if roles is None or not value.dtype.is_floating_point or term.factor <= 0:
             return None
-        reading = read_additive(term.node, roles, self._sizes())
-        if reading is None or reading.fill * term.factor > NEGLIGIBLE:
+        reading = read_additive(term.node, roles, self.sizes())
+        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(value.dtype).min):
             return None
         return Hidden(reading.visible.mask, self._operands(reading.visible), reading.fill * term.factor)
 
     def _empty_row(self, hidden: list[Hidden], added: list[Hidden], *, biased: bool) -> EmptyRow | None:
         """What an empty row returns; None when no single meaning states it."""
         mask = _all(h.mask for h in hidden)
-        sizes = self._sizes()
+        sizes = self.sizes()
         if not may_have_empty_rows(mask, sizes["i"], sizes["j"]):
-            return EmptyRow.NEVER
+            return EmptyRow.ZERO if self.safe and biased else EmptyRow.NEVER
         if all(h.fill == -torch.inf for h in hidden):
             return EmptyRow.ZERO if self.safe else EmptyRow.NAN
         alone = len(hidden) == 1 and not biased
@@ -118,7 +117,7 @@ class LogitsReader:
         operands |= {name: Operand(t.node, t.dims, t.factor) for name, t in zip(bias, biases, strict=True)}
         return Logits(mask, empty, bias, operands)
 
-    def _roles_of(self, dims: Dims) -> tuple[Role | None, ...] | None:
+    def roles_of(self, dims: Dims) -> tuple[Role | None, ...] | None:
         """The role of each dimension, or None when some dimension mixes roles."""
         known: dict[Axes, Role | None] = {(): None}
         named: list[tuple[Axes, Role]] = [
@@ -138,7 +137,7 @@ class LogitsReader:
             for name, leaf in reading.leaves.items()
         }
 
-    def _sizes(self) -> dict[Role, Size]:
+    def sizes(self) -> dict[Role, Size]:
         r = self.roles
         named: list[tuple[Role, Axes]] = [("b", r.batch), ("h", r.heads), ("i", r.query), ("j", r.key)]
         return {role: product(a.size for a in axes) for role, axes in named}

@@ -31,7 +31,7 @@ from attnopt.passes.mask_reader import MaskReader, as_numbers, index_of
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.mask_writes import arguments, operation, writes_after
 from attnopt.passes.masks import Leaf, find_leaf
-from attnopt.passes.sizes import Size
+from attnopt.passes.sizes import Size, same
 
 ONE = sympy.Integer(1)
 
@@ -82,7 +82,8 @@ class DecayReading:
 
     kind "none": the exponent is 0. "per_head": it is log_decay * (i - j), all leaves have at most the role h.
     "per_token": it is the sum of the log decays of tokens j+1 ... i; leaves have the roles (b, h, i) or fewer.
-    cumulative: log_decay is the running sum over tokens instead. The sign of log_decay is not known, unless constant.
+    cumulative: log_decay is the running sum over tokens instead. A constant log_decay is at most 0; the sign of others
+    is not known, and the Log of a leaf that is not positive is NaN where the graph's power may be a number.
     """
 
     causal: Mask
@@ -107,12 +108,13 @@ def read_decay(
     reader = reader_for(node, sizes)
     try:
         value = reader.element_at(node, index_of(roles), at)
-        return _decay(reader, as_numbers(reader.logic, value))
+        return decay_of(reader, as_numbers(reader.logic, value))
     except NotUnderstood:
         return None
 
 
-def _decay(reader: MaskReader, cases: Cases) -> DecayReading | None:
+def decay_of(reader: MaskReader, cases: Cases) -> DecayReading | None:
+    """The decay matrix with these elements, or None; may raise NotUnderstood."""
     weighing = {leaf: when for leaf, when in cases.items() if not _is_zero(leaf)}
     visible = reader.logic.disj(weighing.values())
     causal = algebra_for(reader.logic.bounds, visible).mask(visible)
@@ -215,21 +217,18 @@ def _named(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | 
     if others or not _is_scalar(factor) or not _is_scalar(per_step):
         return None
     rate = _times(_coefficient(reader, per_step), _coefficient(reader, factor))
-    is_growth = isinstance(rate, Const) and rate.value > 0
-    return None if is_growth else DecayReading(causal, "per_head", rate)
+    grows = isinstance(rate, Const) and rate.value > 0
+    return None if grows else DecayReading(causal, "per_head", rate)
 
 
 def _per_token(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | None:
     """exp(c[i] - c[j]), with c a tensor of the graph."""
     at_query = next((f for f in exponent if _reads(f, QUERY) and not _reads(f, KEY)), None)
-    counts = reader.logic.bounds.counts
-    if at_query is None or sympy.expand(counts[QUERY] - counts[KEY]) != 0:
+    sq, sk = (reader.logic.bounds.counts[position] for position in (QUERY, KEY))
+    if at_query is None or not same(sq, sk):
         return None
-    sign = exponent[at_query]
-    if sign not in (ONE, -ONE) or exponent.get(_at_key(at_query)) != -sign:
-        return None
-    leaf = _leaf_of(reader, at_query, "bhi")
-    if leaf is None:
+    sign, leaf = exponent[at_query], _leaf_of(reader, at_query, "bhi")
+    if leaf is None or sign not in (ONE, -ONE) or exponent.get(_at_key(at_query)) != -sign:
         return None
     terms = _summed(leaf)
     log_decay = _times(Const(float(sign)), Read(terms or leaf))

@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
+from attnopt.passes.mask_writes import writes_after
 from attnopt.passes.sizes import Concrete
 from attnopt.rule import Site
 from attnopt.shadow import Shadow
@@ -29,7 +30,7 @@ _SHAPED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """nodes: what has to run, in order; leaves: where it starts; root: where it ends."""
+    """nodes: what has to run, in order, writes in place included; leaves: where it starts; root: where it ends."""
 
     nodes: tuple[Node, ...]
     leaves: tuple[Node, ...]
@@ -39,23 +40,36 @@ class Replay:
     def of(cls, shadow: Shadow, site: Site) -> "Replay":
         """The slice of one site."""
         leaves = tuple(emit.leaves(site))
-        needed: set[Node] = set()
+        seen: set[Node] = set()
         pending = [site.root]
         while pending:
             node = pending.pop()
-            if node not in needed and node not in leaves:
-                needed.add(node)
+            if node in seen:
+                continue
+            seen.add(node)
+            pending.extend(writes_after(node, site.root))
+            if node not in leaves:
                 pending.extend(node.all_input_nodes)
+        needed = seen - {*leaves}
         return cls(tuple(sorted(needed, key=lambda n: shadow.order[n])), leaves, site.root)
 
     def run(self, values: Mapping[Node, Any], sizes: Concrete) -> Tensor:
         """The root's value. values: of the leaves; sizes: numbers for the graph's sizes."""
-        known: dict[Node, Any] = dict(values)
+        known: dict[Node, Any] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
         free = torch.Generator().manual_seed(1)
         for node in self.nodes:
             known[node] = _wide(_run(node, known, sizes, free))
         result: Tensor = known[self.root]
         return result
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Whole numbers that the slice writes down and that are no sizes of its tensors: offsets, widths, positions."""
+        held = [n.meta.get("val") for n in (*self.nodes, *self.leaves)]
+        sizes = {size for value in held if isinstance(value, Tensor) for size in value.shape if type(size) is int}
+        written = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in self.nodes])
+        return frozenset(abs(x) for x in written if type(x) is int and x not in sizes)
+
 
 
 def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Generator) -> Any:
@@ -67,7 +81,18 @@ def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Gen
     shaped = _packet(node) in _SHAPED
     kept = sizes if shaped else Concrete()
     args, kwargs = pytree.tree_map(lambda x: _argument(x, known, kept), (node.args, node.kwargs))
+    if _makes_floats(node):
+        args = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _makes_floats(node: Node) -> bool:
+    """Whether integers become floating point here, as in arange(n) / 2: by themselves they would become single ones."""
+    made = node.meta.get("val")
+    given = [n.meta.get("val") for n in node.all_input_nodes]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    is_float = isinstance(made, Tensor) and made.is_floating_point()
+    return is_float and bool(tensors) and not any(t.is_floating_point() or t.dtype == torch.bool for t in tensors)
 
 
 def _packet(node: Node) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class Operand:
 
     factor: multiplied onto it. times: further tensors, or scalars, multiplied onto it (`inverse`: dividing it). rsqrt:
     it is divided by the square root of the length of these axes. dtype: what it is cast to first (None: left as it
-    is). negated: a boolean operand is inverted. layout: its canonical dimensions, where its name does not tell them.
+    is). negated: a boolean operand is inverted. function: what is taken of it before the factors, such as its natural
+    logarithm. layout: its canonical dimensions, where its name does not tell them.
     """
 
     node: Node
@@ -33,7 +35,16 @@ class Operand:
     rsqrt: Axes = ()
     dtype: torch.dtype | None = None
     negated: bool = False
+    function: Literal["", "log"] = ""
     layout: tuple[Axes, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """An operand that is one number everywhere, which no tensor of the graph holds; layout: its dimensions."""
+
+    value: float
+    layout: tuple[Axes, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
+from attnopt.passes.sizes import hint, is_one, same, size_of
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
 from attnopt.spec import AttentionSpec
@@ -44,6 +45,8 @@ def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -
     made, wanted = _result(traced).meta["val"], site.root.meta["val"]
     if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape):
         raise Reject(f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", site.root)
+    if _shows_layout(shadow, site.root) and not _is_laid_out_as(made, wanted):
+        raise Reject("what follows depends on a memory layout which the kernel does not give", site.root)
     return traced
 
 
@@ -51,9 +54,28 @@ def _call_as_laid_out(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit
     """The call; where its memory layout shows (a `view` follows, or the graph returns it), laid out as the root."""
     if not _shows_layout(shadow, site.root):
         return lambda *values: emit.call(site, spec, run, values)
-    if not site.root.meta["val"].is_contiguous():
-        raise Reject("what follows depends on a memory layout which the kernel does not give", site.root)
-    return lambda *values: emit.call(site, spec, run, values).contiguous()
+    order = _memory_order(site.root.meta["val"])
+    if order == sorted(order):
+        return lambda *values: emit.call(site, spec, run, values).contiguous()
+    back = [order.index(d) for d in range(len(order))]
+    return lambda *values: emit.call(site, spec, run, values).permute(order).contiguous().permute(back)
+
+
+
+
+
+def _memory_order(value: Tensor) -> list[int]:
+    """The dimensions from the one with the longest stride to the one with the shortest."""
+    strides = [hint(s) for s in value.stride()]
+    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+
+
+def _is_laid_out_as(made: Tensor, wanted: Tensor) -> bool:
+    """Whether strides agree, for certain, in every dimension that has more than one element."""
+    places = zip(made.shape, made.stride(), wanted.stride(), strict=True)
+    return all(is_one(size_of(size)) or same(size_of(a), size_of(b)) for size, a, b in places)
+
+
 
 
 def _shows_layout(shadow: Shadow, node: Node) -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 MIN = torch.finfo(torch.float32).min
 INF = float("inf")
@@ -54,6 +54,22 @@ class Site:
         return torch.full((self.sq, self.sk), value)
 
 
+def any_lengths(sq: int, sk: int) -> bool:
+    return True
+
+
+def not_fewer_keys(sq: int, sk: int) -> bool:
+    return sq <= sk
+
+
+def as_many_keys(sq: int, sk: int) -> bool:
+    return sq == sk
+
+
+def enough_for_slices(sq: int, sk: int) -> bool:
+    return sk >= 3
+
+
 @dataclass(frozen=True)
 class Case:
     """One spelling. expected: the mask in the algebra at symbolic sizes ("none": a float tensor that is no mask)."""
@@ -61,14 +77,14 @@ class Case:
     name: str
     make: Callable[[Site], Tensor]
     expected: str
-    fits: Callable[[int, int], bool] = lambda sq, sk: True
+    fits: Callable[[int, int], bool] = any_lengths
     kind: str = "visible"  # or "hidden": True where hidden; or "additive"
 
 
 CASES: list[Case] = []
 
 
-def case(expected: str, *, kind: str = "visible", fits: Callable[[int, int], bool] = lambda sq, sk: True):
+def case(expected: str, *, kind: str = "visible", fits: Callable[[int, int], bool] = any_lengths):
     """Registers a spelling under the name of its function."""
 
     def register(make: Callable[[Site], Tensor]) -> Callable[[Site], Tensor]:
@@ -76,6 +92,13 @@ def case(expected: str, *, kind: str = "visible", fits: Callable[[int, int], boo
         return make
 
     return register
+
+
+def inputs(sq: int, sk: int, batch: int = 2, heads: int = 3) -> tuple[Tensor, ...]:
+    """Random inputs of a site, in the order of its fields."""
+    kept, ids = torch.randint(0, 3, (batch, sk)), torch.randint(0, 4, (batch, sk))
+    table, pairs = torch.rand(1, 1, 16, 16) > 0.5, torch.rand(batch, 1, sq, sk) > 0.5
+    return torch.ones(batch, heads, sq, 1), torch.ones(batch, heads, sk, 1), kept, ids, table, pairs
 
 
 visible = case
@@ -181,13 +204,13 @@ def mask_function_over_indices(s):
     return (result & (positions[b, k_index] <= q_index)).expand(s.q.shape[0], -1, s.sq, s.sk)
 
 
-@visible("causal")
+@visible("causal", fits=not_fewer_keys)
 def packed_sequences_of_one(s):
     """Position ids that turn out to be one run: the test for several sequences is always true."""
     positions = (torch.arange(s.sk) + 0).unsqueeze(0).expand(s.q.shape[0], -1)
     first = positions[:, :1] - 1
     packed = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)
-    same = packed[:, None, : s.sq, None] == packed[:, None, None, :] if s.sq <= s.sk else s.ones()[None, None]
+    same = packed[:, None, : s.sq, None] == packed[:, None, None, :]
     return same & (s.j <= s.i)
 
 
@@ -263,7 +286,7 @@ def half_precision(s):
     return torch.full((s.sq, s.sk), torch.finfo(torch.float16).min, dtype=torch.float16).triu(1)
 
 
-@additive("causal(Sk-Sq)", fits=lambda sq, sk: sk >= sq)
+@additive("causal(Sk-Sq)", fits=not_fewer_keys)
 def square_mask_beside_a_cache(s):
     new = torch.where(torch.arange(s.sq) < torch.arange(1, s.sq + 1).view(-1, 1), 0.0, MIN)
     return torch.cat([torch.zeros(s.sq, s.past), new], dim=-1)
@@ -286,7 +309,7 @@ def columns_before_the_triangle(s):
 
 @visible("causal(1)")
 def padded_triangle(s):
-    return F.pad(s.ones(torch.int64).tril(), (1, 0), value=1)[:, :-1] == 1
+    return functional.pad(s.ones(torch.int64).tril(), (1, 0), value=1)[:, :-1] == 1
 
 
 @visible("causal(-1)")
@@ -431,14 +454,12 @@ def two_paddings(s):
     return (s.given != 0)[:, None, None, :] & (s.ids != 3)[:, None, None, :]
 
 
-@visible("opaque")
+@visible("opaque", fits=not_fewer_keys)
 def segments(s):
-    if s.sq > s.sk:
-        return s.pairs
     return s.ids[:, None, : s.sq, None] == s.ids[:, None, None, :]
 
 
-@visible("causal & opaque", fits=lambda sq, sk: sq <= sk)
+@visible("causal & opaque", fits=not_fewer_keys)
 def causal_within_segments(s):
     same = s.ids[:, None, : s.sq, None] == s.ids[:, None, None, :]
     return same & (s.j <= s.i)
@@ -455,12 +476,12 @@ def causal_chunks_and_padding(s):
     return chunk & (s.j <= s.i) & (s.given > 0)[:, None, None, :]
 
 
-@hidden("opaque", fits=lambda sq, sk: max(sq, sk) <= 16 and sq == sk)
+@hidden("opaque", fits=as_many_keys)
 def triangle_in_a_buffer(s):
     return s.table[:, :, : s.sq, : s.sk] == 0
 
 
-@visible("opaque", fits=lambda sq, sk: sq == sk)
+@visible("opaque", fits=as_many_keys)
 def rows_of_a_buffer(s):
     return s.table[:, :, : s.sq, : s.sk]
 

@@ -45,16 +45,17 @@ class _Recorder(Interpreter):
         self.made: dict[Node, Any] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Runs the node and keeps its value."""
         value = super().run_node(n)
         self.made[n] = value.clone() if isinstance(value, Tensor) else value
         return value
 
 
 def run(module: GraphModule, *inputs: Tensor) -> Mapping[Node, Any]:
-    """The value of every node."""
+    """The value of every node as it was made, and of the results as they are in the end."""
     recorder = _Recorder(module)
     recorder.run(*inputs)
-    return recorder.made
+    return recorder.made | {node: recorder.env[node] for node in results(module)}
 
 
 def dense(reading: MaskReading, values: Mapping[Node, Any], sq: int, sk: int) -> Tensor:
@@ -87,10 +88,14 @@ def roles_of(value: Tensor) -> tuple[Role | None, ...]:
 
 @dataclass(frozen=True)
 class Interpretation:
-    """What the calculus makes of one tensor, and the tensor itself. own: whether some of it is the node's own data."""
+    """What the calculus makes of one tensor, and the tensor itself.
+
+    reads_data: whether some of it is data of the graph. own: whether it is just the data of the node itself.
+    """
 
     claimed: Tensor
     actual: Tensor
+    reads_data: bool
     own: bool
 
 
@@ -106,7 +111,7 @@ def interpret(function: Callable[..., Tensor], *inputs: Tensor, dynamic: bool = 
     claimed = torch.zeros_like(actual)
     for place in itertools.product(*map(range, actual.shape)):
         claimed[place] = evaluate(value, dict(zip(roles, place, strict=True)), values)
-    return Interpretation(claimed, actual, node in data_of(value))
+    return Interpretation(claimed, actual, bool(data_of(value)), node in data_of(value))
 
 
 def evaluate(value: Value, place: Mapping[Role, int], values: Mapping[Node, Any]) -> Any:

@@ -77,3 +77,7 @@ def code_lines(function: Function) -> int:
 
 def is_jit(function: Function) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")

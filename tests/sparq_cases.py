@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attnopt.kernels.sparq.op import sparq_attention
 from attnopt.kernels.sparq.plain import Decision, approximate, attend_to, decide
 from attnopt.kernels.sparq.request import Request
 
@@ -86,6 +87,15 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "sliced":
         return x.repeat_interleave(2, dim=-1)[..., ::2]
     return x if layout == "expanded" else x.contiguous()
+
+
+def attention(request: Request) -> Tensor:
+    """The public function on a request."""
+    r = request
+    return sparq_attention(
+        r.q, r.k, r.v, rank=r.rank, topk=r.topk, local=r.local, k_t=r.k_t, v_mean=r.v_mean,
+        scale=r.scale, key_padding=r.kept, mean_value=r.mean_value,
+    )  # fmt: skip
 
 
 def kept_rows(request: Request) -> Tensor:

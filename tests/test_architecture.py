@@ -6,24 +6,27 @@ from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 
-from source import PACKAGE, ROOT, Function, Module, code_lines, imports, is_jit
+from source import PACKAGE, ROOT, Module, code_lines, imports, is_jit, within
 
 #: Bottom first. A module imports what is below it, or what stands in its own cell (one pattern; one kernel folder).
 LAYERS = (
     ("attnopt.errors",),
     ("attnopt.mask",),
     ("attnopt.spec",),
-    ("attnopt.options", "attnopt.shadow"),
+    ("attnopt.options", "attnopt.shadow", "attnopt.versions", "attnopt.files*"),
     ("attnopt.rule",),
     ("attnopt.registry", "attnopt.report*"),
     ("attnopt.kernels._*",),
     ("attnopt.kernels.*", "attnopt.passes.*"),
     ("attnopt.ops", "attnopt.caches*"),
-    ("attnopt.verify*", "attnopt.splice*", "attnopt.choose*"),
-    ("attnopt.pipeline*",),
-    ("attnopt.backend", "attnopt.rewrite", "attnopt.explain"),
+    ("attnopt.policy", "attnopt.verify", "attnopt.locate"),
+    ("attnopt.pipeline",),
+    ("attnopt.approximation", "attnopt.watch"),
+    ("attnopt.backend",),
+    ("attnopt.programs",),
     ("attnopt",),
-    ("attnopt.cli*", "attnopt.__main__"),
+    ("attnopt.cli*",),
+    ("attnopt.__main__",),
 )
 
 #: Third-party packages, and the only modules that may import them.
@@ -36,7 +39,10 @@ CONFINED = {
 NO_FX = ("attnopt.kernels.*", "attnopt.spec", "attnopt.mask", "attnopt.errors", "attnopt.options")
 
 #: State that lives in a module, each with the reason why it has to: "module.NAME".
-STATE: dict[str, str] = {}
+STATE = {
+    "attnopt.backend._history": "attnopt.reports() tells of earlier compilations; bounded, behind a lock",
+    "attnopt.policy._quarantined": "a kernel that was found wrong stays off in this process; behind a lock",
+}
 
 FILE_LINES, TRITON_FILE_LINES = 300, 400
 FUNCTION_LINES, JIT_LINES, MEDIAN_LINES = 40, 150, 10
@@ -67,7 +73,6 @@ MUTATORS = {
     "insert",
     "popitem",
 }
-CHECKS = ("assert", "check", "expect", "raises", "warns", "opcheck", "gradcheck")
 
 
 def layer(name: str) -> tuple[int, str] | None:
@@ -116,10 +121,6 @@ def strays(module: Module) -> Iterator[str]:
                 yield f"{module.at(node)}: only {allowed} may import {party}"
         if within(name, "torch.fx") and any(fnmatch(module.name, pattern) for pattern in NO_FX):
             yield f"{module.at(node)}: {module.name} must not know torch.fx"
-
-
-def within(name: str, package: str) -> bool:
-    return name == package or name.startswith(f"{package}.")
 
 
 def test_triton_modules_are_imported_where_they_launch() -> None:
@@ -244,44 +245,3 @@ def changed_names(node: ast.AST) -> Iterator[str]:
             yield name
         case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=verb)) if verb in MUTATORS:
             yield name
-
-
-def test_every_pass_has_its_test() -> None:
-    names = [path.stem for path in sorted((ROOT / "passes").glob("*.py")) if not path.stem.startswith("_")]
-    assert [name for name in names if not (ROOT / "tests" / "passes" / f"test_{name}.py").exists()] == []
-
-
-def test_every_kernel_has_tests() -> None:
-    folders = [
-        path for path in sorted((ROOT / "kernels").iterdir()) if path.is_dir() and any(path.glob("*.py"))
-    ]
-    assert [f.name for f in folders if not any((ROOT / "tests" / "kernels").glob(f"test_{f.name}*.py"))] == []
-
-
-def test_every_test_can_fail() -> None:
-    tests = [Module(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
-    found = [
-        f"{module.at(function)}: {function.name}"
-        for module in tests
-        for function in module.functions
-        if function.name.startswith("test_") and not makes_a_claim(function)
-    ]
-    assert found == []
-
-
-def makes_a_claim(function: Function) -> bool:
-    """Whether a test asserts, expects an error, or calls a function that is named after checking."""
-    called = (ast.unparse(n.func).split(".")[-1] for n in ast.walk(function) if isinstance(n, ast.Call))
-    asserts = any(isinstance(node, ast.Assert) for node in ast.walk(function))
-    return asserts or any(name.lstrip("_").startswith(CHECKS) for name in called)
-
-
-def test_no_test_is_switched_off() -> None:
-    banned = ("pytest.skip", "pytest.mark.skip", "pytest.xfail", "pytest.mark.xfail", "pytest.importorskip")
-    found = [
-        f"{module.at(node)}: {ast.unparse(node)}"
-        for module in (Module(path) for path in sorted((ROOT / "tests").rglob("*.py")))
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(banned)
-    ]
-    assert found == []

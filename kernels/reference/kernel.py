@@ -60,14 +60,15 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)
-    return _fill_empty(spec, weights, visible) @ _values(spec, operands)
+    return _fill_empty(spec, weights, logits) @ _values(spec, operands)
 
 
-def _fill_empty(spec: AttentionSpec, weights: Tensor, visible: Tensor) -> Tensor:
+def _fill_empty(spec: AttentionSpec, weights: Tensor, logits: Tensor) -> Tensor:
+    """A row is empty where the mask, or a bias of -inf, hides every key."""
     if spec.empty_row in (EmptyRow.NAN, EmptyRow.NEVER):
         return weights
     value = 0.0 if spec.empty_row is EmptyRow.ZERO else 1.0 / max(weights.shape[-1], 1)
-    return torch.where(visible.any(-1, keepdim=True), weights, value)
+    return torch.where((logits != float("-inf")).any(-1, keepdim=True), weights, value)
 
 
 def _linear(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:

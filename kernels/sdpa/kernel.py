@@ -39,14 +39,15 @@ class SdpaKernel:
         """One call of scaled_dot_product_attention, and what it leaves open: rows that see no key."""
         q, k, v = (operands[name] for name in "qkv")
         visible = None if _needs_no_mask(spec) else _visible(spec, q, k, operands)
+        mask = _attention_mask(spec, visible, operands)
         out = functional.scaled_dot_product_attention(
             q, k, v,
-            attn_mask=_attention_mask(spec, visible, operands),
+            attn_mask=mask,
             is_causal=_is_causal_flag(spec),
             scale=spec.scale,
             enable_gqa=spec.heads.share != 1,
         )  # fmt: skip
-        return out if visible is None else _fill_empty(spec, out, visible, v)
+        return out if mask is None else _fill_empty(spec, out, mask, v)
 
 
 def _is_causal_flag(spec: AttentionSpec) -> bool:
@@ -78,12 +79,12 @@ def _as_float(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return bias if bias.dtype == dtype else bias.to(torch.promote_types(dtype, torch.float32))
 
 
-def _fill_empty(spec: AttentionSpec, out: Tensor, visible: Tensor, v: Tensor) -> Tensor:
-    """scaled_dot_product_attention returns zeros for an empty row."""
-    if spec.empty_row in (EmptyRow.NEVER, EmptyRow.ZERO):
+def _fill_empty(spec: AttentionSpec, out: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+    """scaled_dot_product_attention returns zeros for a row that the mask, or a bias of -inf, hides altogether."""
+    if spec.empty_row is EmptyRow.ZERO or (spec.empty_row is EmptyRow.NEVER and not spec.bias):
         return out
-    seen = visible.any(-1, keepdim=True)
-    if spec.empty_row is EmptyRow.NAN:
+    seen = (mask if mask.dtype == torch.bool else mask != float("-inf")).any(-1, keepdim=True)
+    if spec.empty_row is not EmptyRow.UNIFORM:
         return torch.where(seen, out, float("nan"))
     mean = v.mean(-2, keepdim=True).repeat_interleave(spec.heads.share, dim=1)
     return torch.where(seen, out, mean)

@@ -17,14 +17,15 @@ from attnopt.kernels.streaming.problem import (
     add_mean_gradient,
     fill_empty_rows,
     live_gradient,
-    row_delta,
+    live_lse_gradient,
     row_peak,
     sink_gradient,
 )
 from attnopt.kernels.streaming.reach import Reach, Span
 
-#: Scores in one tile: few enough that the passes of the softmax find them in the cache.
+#: Scores in one tile: few enough that the passes of the softmax find them in the cache; on a GPU enough to fill it.
 TILE = 1 << 20
+GPU_TILE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
-    """Inputs in the accumulation dtype: q scaled, (B, Hkv, G, Sq, D); k, v (B, Hkv, Sk, .); bias and masks 5-D."""
+    """Inputs in the accumulation dtype: q (B, Hkv, G, Sq, D); k, v (B, Hkv, Sk, .); bias and masks 5-D."""
 
     q: Tensor
     k: Tensor
@@ -62,8 +63,10 @@ class Operands:
     bias: Tensor | None
     masks: tuple[Tensor, ...]
     sinks: Tensor | None
+    scale: float
     reach: Reach
     softcap: float | None
+    may_leave_rows_empty: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,19 +74,20 @@ class Rows:
     """What the backward knows of each query: do (B, Hkv, G, Sq, Dv), the rest (B, Hkv, G, Sq)."""
 
     do: Tensor
-    delta: Tensor
     peak: Tensor
     log_sum: Tensor
+    empty: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """Gradients under construction, in the shapes of `Operands`."""
+    """Gradients under construction, in the shapes of `Operands`; delta is what softmax takes off dP, row by row."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None
+    delta: Tensor
 
 
 def forward(problem: Problem) -> Answer:
@@ -103,20 +107,19 @@ def backward(
 ) -> Gradients:
     """Gradients of q, k, v, the sink logits, and of the bias (summed to its shape) if `bias_gradient`."""
     x = _operands(problem)
+    kv_heads = x.k.shape[1]
     live = live_gradient(problem, answer, do)
-    delta = row_delta(answer, live, dlse)
-    rows = Rows(*(_grouped(t, x.k.shape[1]) for t in (live, delta, row_peak(answer), answer.log_sum)))
-    sums = _zeros(x, bias_gradient=bias_gradient)
+    known = (live, row_peak(answer), answer.log_sum, torch.isneginf(answer.lse))
+    rows = Rows(*(_grouped(t, kv_heads) for t in known))
+    sums = _initial(x, _grouped(live_lse_gradient(answer, dlse), kv_heads), bias_gradient=bias_gradient)
     for tile in _tiles(x):
         _accumulate(x, tile, rows, sums)
     return Gradients(
         sums.q.mul_(problem.scale).flatten(1, 2).to(problem.q.dtype),
-        sums.k.to(problem.k.dtype),
+        sums.k.mul_(problem.scale).to(problem.k.dtype),
         add_mean_gradient(problem, answer, do, sums.v).to(problem.v.dtype),
-        None
-        if sums.bias is None or problem.bias is None
-        else sums.bias.view(problem.bias.shape).to(problem.bias.dtype),
-        sink_gradient(problem, answer, delta),
+        None if sums.bias is None else _shaped_like(sums.bias, problem.bias),
+        sink_gradient(problem, answer, sums.delta.flatten(1, 2)),
     )
 
 
@@ -124,20 +127,26 @@ def _operands(problem: Problem) -> Operands:
     kv_heads, dtype, padding = problem.k.shape[1], problem.accumulate, problem.key_padding
     sinks = problem.sink_logits
     return Operands(
-        q=_grouped((problem.q.to(dtype) * problem.scale).contiguous(), kv_heads),
+        q=_grouped(problem.q.to(dtype).contiguous(), kv_heads),
         k=_without_padding(problem.k.to(dtype), padding).contiguous(),
         v=_without_padding(problem.v.to(dtype), padding).contiguous(),
         bias=None if problem.bias is None else _grouped(problem.bias.to(dtype).contiguous(), kv_heads),
         masks=tuple(_masks(problem)),
         sinks=None if sinks is None else sinks.to(dtype).view(kv_heads, -1, 1),
+        scale=problem.scale,
         reach=problem.reach,
         softcap=problem.softcap,
+        may_leave_rows_empty=problem.may_leave_rows_empty,
     )
 
 
-def _zeros(x: Operands, *, bias_gradient: bool) -> Sums:
+def _initial(x: Operands, dlse: Tensor, *, bias_gradient: bool) -> Sums:
     bias = torch.zeros_like(x.bias) if bias_gradient and x.bias is not None else None
-    return Sums(torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), bias)
+    return Sums(torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), bias, -dlse)
+
+
+def _shaped_like(x: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None else x.view(like.shape).to(like.dtype)
 
 
 def _without_padding(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -168,22 +177,23 @@ def _sums_without_keys(x: Operands) -> tuple[Tensor, Tensor]:
 def _tiles(x: Operands) -> Iterator[Tile]:
     """Blocks of queries, each with as many heads, then batch items, as fit into one tile of scores."""
     batch, heads, group, rows, _ = x.q.shape
-    block = _block(x.reach, group)
+    most = GPU_TILE if x.q.is_cuda else TILE
+    block = _block(x.reach, group, most)
     for first in range(0, rows, block):
         span = (first, min(first + block, rows))
         sections = tuple(x.reach.sections(span))
-        fit = TILE // max(1, group * block * sum(stop - start for start, stop in sections))
+        fit = most // max(1, group * block * sum(stop - start for start, stop in sections))
         for b in _steps(batch if sections else 0, max(1, fit // max(1, heads))):
             for h in _steps(heads, max(1, min(heads, fit))):
                 yield Tile(b, h, span, sections)
 
 
-def _block(reach: Reach, group: int) -> int:
+def _block(reach: Reach, group: int, most: int) -> int:
     """Queries in one block: few beside the keys that each sees, so that few of the touched pairs are hidden ones."""
     if not reach.windowed:
-        return max(16, min(128, TILE // max(1, group * reach.columns)))
+        return max(16, min(128, most // max(1, group * reach.columns)))
     seen = min(reach.columns, reach.upper - reach.lower + reach.head)
-    return max(16, min(64, seen // 4, TILE // max(1, group * seen)))
+    return max(16, min(64, seen // 4, most // max(1, group * seen)))
 
 
 def _steps(size: int, step: int) -> Iterator[slice]:
@@ -199,11 +209,9 @@ def _attend(x: Operands, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.softmax(scores, -1)
     log_sum = weights.amax(-1).log_().neg_().masked_fill_(blind, 0.0)
     o = _times(weights, _keys(x.v, tile)).masked_fill_(blind[..., None], 0.0)
-    return (
-        (o, peak + log_sum, log_sum)
-        if x.sinks is None
-        else _with_sinks(o, peak, log_sum, x.sinks[tile.heads])
-    )
+    if x.sinks is None:
+        return o, peak + log_sum, log_sum
+    return _with_sinks(o, peak, log_sum, x.sinks[tile.heads])
 
 
 def _with_sinks(o: Tensor, peak: Tensor, log_sum: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +226,7 @@ def _with_sinks(o: Tensor, peak: Tensor, log_sum: Tensor, z: Tensor) -> tuple[Te
 
 def _scores(x: Operands, tile: Tile) -> Tensor:
     """scale * q k^T of a tile, (b, h, G, rows, columns)."""
-    return _times(x.q[tile.queries], _keys(x.k, tile).mT)
+    return _times(x.q[tile.queries], _keys(x.k, tile).mT).mul_(x.scale)
 
 
 def _capped(x: Operands, scores: Tensor) -> Tensor:
@@ -267,15 +275,26 @@ def _accumulate(x: Operands, tile: Tile, rows: Rows, sums: Sums) -> None:
     at = tile.queries
     raw = _capped(x, _scores(x, tile))
     slope = None if x.softcap is None else 1 - (raw / x.softcap).square_()
-    weights = _masked(x, tile, raw).sub_(rows.peak[at][..., None]).sub_(rows.log_sum[at][..., None]).exp_()
+    weights = _weights(x, tile, rows, _masked(x, tile, raw))
     _add_keys(sums.v, tile, _outer(weights, rows.do[at]))
-    dscores = _times(rows.do[at], _keys(x.v, tile).mT).sub_(rows.delta[at][..., None]).mul_(weights)
+    dscores = _times(rows.do[at], _keys(x.v, tile).mT).mul_(weights)
+    sums.delta[at] += dscores.sum(-1)
+    dscores.addcmul_(weights, sums.delta[at][..., None], value=-1.0)
     if sums.bias is not None:
         _add_bias(sums.bias, tile, dscores)
     if slope is not None:
         dscores.mul_(slope)
     sums.q[at] = _times(dscores, _keys(x.k, tile))
     _add_keys(sums.k, tile, _outer(dscores, x.q[at]))
+
+
+def _weights(x: Operands, tile: Tile, rows: Rows, logits: Tensor) -> Tensor:
+    """The softmax again; with sinks from what was saved, as their part of the sum is not among the logits."""
+    at = tile.queries
+    if x.sinks is not None:
+        return logits.sub_(rows.peak[at][..., None]).sub_(rows.log_sum[at][..., None]).exp_()
+    weights = torch.softmax(logits, -1)
+    return weights.masked_fill_(rows.empty[at][..., None], 0.0) if x.may_leave_rows_empty else weights
 
 
 def _add_keys(total: Tensor, tile: Tile, part: Tensor) -> None:

@@ -4,6 +4,7 @@ Sinks + window: Xiao et al., "Efficient Streaming Language Models with Attention
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
@@ -207,24 +208,35 @@ def _problem(
 
 
 def _forward(problem: Problem) -> Answer:
-    if not _goes_to_triton(problem):
-        return chunked.forward(problem)
-    from attnopt.kernels.streaming import triton_forward  # importing attnopt must not import triton
+    with _own_precision(problem):
+        if not _goes_to_triton(problem):
+            return chunked.forward(problem)
+        from attnopt.kernels.streaming import triton_forward  # importing attnopt must not import triton
 
-    return triton_forward.launch(problem)
+        return triton_forward.launch(problem)
 
 
 def _backward(
     problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, *, bias_gradient: bool
 ) -> Gradients:
-    if bias_gradient or not _goes_to_triton(problem):
-        return chunked.backward(problem, answer, do, dlse, bias_gradient=bias_gradient)
-    from attnopt.kernels.streaming import triton_backward
+    with _own_precision(problem):
+        if bias_gradient or not _goes_to_triton(problem):
+            return chunked.backward(problem, answer, do, dlse, bias_gradient=bias_gradient)
+        from attnopt.kernels.streaming import triton_backward  # as above
 
-    return triton_backward.launch(problem, answer, do, dlse)
+        return triton_backward.launch(problem, answer, do, dlse)
+
+
+def _own_precision(problem: Problem) -> AbstractContextManager[None]:
+    """Autocast reaches into the implementation of a custom op, and would take its fp32 products to half."""
+    return torch.autocast(problem.q.device.type, enabled=False)
 
 
 def _goes_to_triton(problem: Problem) -> bool:
-    """Double precision has no tensor cores, and empty grids cannot be launched: both go to torch."""
-    kinds = problem.q.is_cuda and problem.q.dtype != torch.float64 and find_spec("triton") is not None
-    return kinds and min(problem.q.numel(), problem.k.numel(), problem.v.numel()) > 0
+    """Half types on a GPU. Exact fp32 and fp64 products have no tensor cores: torch's matmul is the better one there.
+
+    Triton cannot launch an empty grid, so a tensor without elements goes to torch as well.
+    """
+    half = problem.q.dtype in {torch.float16, torch.bfloat16}
+    filled = min(problem.q.numel(), problem.k.numel(), problem.v.numel()) > 0
+    return problem.q.is_cuda and half and filled and find_spec("triton") is not None

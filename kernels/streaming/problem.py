@@ -99,11 +99,11 @@ def live_gradient(problem: Problem, answer: Answer, do: Tensor) -> Tensor:
     return do.to(problem.accumulate).masked_fill(torch.isneginf(answer.lse)[..., None], 0.0)
 
 
-def row_delta(answer: Answer, live: Tensor, dlse: Tensor | None) -> Tensor:
-    """What the softmax backward subtracts from dP, (B, H, Sq): rowsum(dO * O), less the gradient of lse."""
-    empty = torch.isneginf(answer.lse)
-    delta = (live * answer.o.to(live.dtype).masked_fill(empty[..., None], 0.0)).sum(-1)
-    return delta if dlse is None else delta - dlse.to(live.dtype).masked_fill(empty, 0.0)
+def live_lse_gradient(answer: Answer, dlse: Tensor | None) -> Tensor:
+    """`dlse` (B, H, Sq), zero in empty rows, or where there is none."""
+    if dlse is None:
+        return torch.zeros_like(answer.lse)
+    return dlse.to(answer.lse.dtype).masked_fill(torch.isneginf(answer.lse), 0.0)
 
 
 def row_peak(answer: Answer) -> Tensor:
@@ -122,7 +122,7 @@ def add_mean_gradient(problem: Problem, answer: Answer, do: Tensor, dv: Tensor) 
 
 
 def sink_gradient(problem: Problem, answer: Answer, delta: Tensor) -> Tensor | None:
-    """dz (H,) of the sink logits: -sum over rows of p_sink * delta."""
+    """dz (H,) of the sink logits: -sum over rows of p_sink * delta, with delta (B, H, Sq) less the gradient of lse."""
     z = problem.sink_logits
     if z is None:
         return None

@@ -24,10 +24,9 @@ from attnopt.kernels.streaming.triton_tiles import (
     BY_KEYS,
     BY_QUERIES,
     Tiles,
-    choose,
     scalars,
-    shared_memory,
     strides,
+    tiles_for,
 )
 
 #: Queries beyond the window that one program sums for the sink columns, and the most such programs for a head.
@@ -53,18 +52,12 @@ def launch(
 ) -> Gradients:
     """Gradients of q, k, v and the sink logits (none of the bias); no dimension may be empty."""
     q, v = problem.q, problem.v
-    room = {
-        "d": q.shape[3],
-        "dv": v.shape[3],
-        "itemsize": q.element_size(),
-        "shared": shared_memory(q.device),
-    }
     upstream = _live(problem, answer, do)
     with on_device_of(q):
         rows = _prepare(problem, answer, upstream, dlse)
         common = _common(problem, upstream, rows)
-        dk, dv = _keys(problem, common, by_keys or choose(BY_KEYS, **room))
-        dq = _queries(problem, common, by_queries or choose(BY_QUERIES, **room))
+        dk, dv = _keys(problem, common, by_keys or tiles_for(problem, BY_KEYS))
+        dq = _queries(problem, common, by_queries or tiles_for(problem, BY_QUERIES))
     return Gradients(
         dq,
         dk,

@@ -14,17 +14,16 @@ from attnopt.kernels.streaming.triton_tiles import (
     BY_QUERIES,
     LN2,
     Tiles,
-    choose,
     kept,
     load_rows,
     logits,
     raise_to,
     scalars,
-    shared_memory,
     signed,
     split,
     store_rows,
     strides,
+    tiles_for,
 )
 
 
@@ -33,8 +32,7 @@ def launch(problem: Problem, tiles: Tiles | None = None) -> Answer:
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, rows, d = q.shape
     dv = v.shape[3]
-    shared = shared_memory(q.device)
-    tiles = tiles or choose(BY_QUERIES, d=d, dv=dv, itemsize=q.element_size(), shared=shared)
+    tiles = tiles or tiles_for(problem, BY_QUERIES)
     o = q.new_empty((batch, heads, rows, dv))
     lse, log_sum = (q.new_empty((batch, heads, rows), dtype=torch.float32) for _ in range(2))
     head = problem.reach.head

@@ -1,6 +1,6 @@
 """What the forward and the backward kernels share: tile sizes, which tiles to visit, logits of a tile."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,14 @@ class Tiles:
     warps: int
     stages: int
 
-    def shared_bytes(self, width: int, itemsize: int) -> int:
-        """Shared memory, roughly: two resident operands on the longer side, two streamed ones for every stage."""
+    def shared_bytes(self, width: int, itemsize: int, dense: int) -> int:
+        """Shared memory, roughly: two resident operands on the longer side, two streamed ones for every stage.
+
+        width: padded channels; itemsize: bytes of an operand's element; dense: bytes per score of mask and bias.
+        """
         resident, streamed = max(self.queries, self.keys), min(self.queries, self.keys)
-        return 2 * width * itemsize * (resident + streamed * self.stages)
+        rows = 2 * width * itemsize * (resident + streamed * self.stages)
+        return rows + dense * self.queries * self.keys * self.stages + 2048
 
 
 #: From the fastest where it fits to the one that always does. The resident side is the longer one.
@@ -39,24 +43,34 @@ BY_QUERIES = (
     Tiles(32, 32, 4, 1),
 )
 BY_KEYS = (Tiles(64, 128, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(32, 32, 4, 1))
+#: Exact fp32 products are unrolled multiply-adds, not tensor cores: larger tiles spill, and compile for minutes.
+UNROLLED = (Tiles(32, 32, 8, 1),)
 SMALLEST = Tiles(16, 16, 4, 1)
 
 
-def choose(candidates: tuple[Tiles, ...], *, d: int, dv: int, itemsize: int, shared: int) -> Tiles:
-    """The first candidate whose operands fit into `shared` bytes; fp32 products, without tensor cores, want less."""
-    width = next_power_of_two(max(d, dv))
-    most = 64 * (64 if itemsize < 4 else 32) * 4
-    fitting = (
-        t for t in candidates if t.shared_bytes(width, itemsize) <= shared and t.queries * t.keys * 2 <= most
-    )
-    return next(fitting, SMALLEST)
+def choose(candidates: tuple[Tiles, ...], width: int, itemsize: int, dense: int, shared: int) -> Tiles:
+    """The first candidate that fits into `shared` bytes; the rest as in `Tiles.shared_bytes`."""
+    if itemsize > 2:
+        candidates = UNROLLED if width <= 128 else ()
+    fitting = (t for t in candidates if t.shared_bytes(width, itemsize, dense) <= shared)
+    found = next(fitting, SMALLEST)
+    return replace(found, warps=8) if width > 128 else found
+
+
+def tiles_for(problem: Problem, candidates: tuple[Tiles, ...]) -> Tiles:
+    """The choice for a problem on its device."""
+    width = next_power_of_two(max(problem.q.shape[3], problem.v.shape[3]))
+    bias = 0 if problem.bias is None else problem.bias.element_size()
+    dense = bias + (problem.mask is not None)
+    return choose(candidates, width, problem.q.element_size(), dense, shared_memory(problem.q.device))
 
 
 def shared_memory(device: torch.device) -> int:
-    """Shared memory that one program may use, in bytes; without a GPU, what the smallest supported one has."""
+    """Shared memory that one program may use, in bytes; without a GPU, what the smaller ones have."""
     if device.type != "cuda":
         return 99 * 1024
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def test_rows_are_as_good_as_those_of_eager(case: Case, dtype: torch.dtype) -> N
     assert_same(got[1], exact[1], eager[1], what="state")
 
 
-@given(cases(longest=30, signed=False), st.sampled_from(LOW))
+@given(cases(shortest=1, longest=30, signed=False), st.sampled_from(LOW))
 def test_gradients_are_as_good_as_those_of_eager(case: Case, dtype: torch.dtype) -> None:
     low = round_case(case, dtype)
     got, eager = gradients(attend, low), gradients(quadratic, low)

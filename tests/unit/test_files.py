@@ -521,6 +521,17 @@ def test_a_file_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
         load_program(path)
 
 
+def test_a_program_of_another_version_of_torch_is_a_source_error(
+    honest: bytes, file: Callable[..., Path]
+) -> None:
+    path = file(with_json(honest, _MODEL, lambda body: body["schema_version"].update(major=99)))
+    with pytest.raises(SourceError) as caught:
+        load_program(path)
+    assert str(caught.value).startswith(
+        f"loading {path} with torch.export failed: SerializeError: Serialized schema"
+    )
+
+
 def test_an_operator_of_another_version_is_named(honest: bytes, file: Callable[..., Path]) -> None:
     target = "torch.ops.attnopt.from_the_future.default"
     path = file(with_json(honest, _MODEL, lambda body: nodes(body)[1].update(target=target)))
@@ -616,10 +627,28 @@ class TestWriting:
             pass
 
     def test_an_error_of_the_system_becomes_a_typed_one(self, tmp_path: Path) -> None:
-        with (
-            pytest.raises(OutputError, match="No space left on device"),
-            atomic(tmp_path / "a.txt") as stream,
-        ):
-            stream.write(b"half")
-            raise OSError(28, "No space left on device")
+        with pytest.raises(OutputError, match="No space left on device"):
+            self.write_and_fail(tmp_path / "a.txt", OSError(28, "No space left on device"))
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_disk_that_fills_up_ends_in_a_typed_error(
+        self, program: ExportedProgram, tmp_path: Path
+    ) -> None:
+        """torch's own writer would end the process."""
+        path = tmp_path / "a.pt2"
+        with pytest.raises(OutputError, match="No space left on device"), atomic(path) as stream:
+            save_program(program, Small(stream))
+        assert list(tmp_path.iterdir()) == []
+
+
+class Small(io.BytesIO):
+    """A disk with room for a thousand bytes."""
+
+    def __init__(self, stream: io.BufferedWriter) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def write(self, data: bytes) -> int:
+        if self.stream.tell() + len(data) > 1000:
+            raise OSError(28, "No space left on device")
+        return self.stream.write(data)
