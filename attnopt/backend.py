@@ -28,7 +28,11 @@ _lock = threading.Lock()
 
 
 def attnopt(
-    module: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, object] | None = None, mode: str | None = None
+    module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
 ) -> Compiled:
     """The backend that `torch.compile` calls for each graph.
 
@@ -52,7 +56,9 @@ def attnopt(
 _AT_RUN_TIME = ("first", "sample", "always")
 
 
-def rewrite_graph(module: GraphModule, options: Options, *, gradient: bool) -> tuple[Report, tuple[Edit, ...]]:
+def rewrite_graph(
+    module: GraphModule, options: Options, *, gradient: bool
+) -> tuple[Report, tuple[Edit, ...]]:
     """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that.
 
     gradient: whether autograd will follow.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from attnopt.errors import Blame, MissingError, OutputError, SourceError, UnsafeFileError
 from attnopt.files_graph import Contents, check_program, parse
@@ -86,7 +86,7 @@ def save_program(program: "ExportedProgram", stream: BinaryIO) -> None:
     import torch
 
     steady = _Steady(stream)
-    torch.export.save(program, steady)
+    torch.export.save(program, cast("BinaryIO", steady))
     if steady.error:
         raise steady.error
 

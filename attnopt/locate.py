@@ -34,7 +34,9 @@ class Where(TypedDict):
 def where(node: Node, fallback: Node | None = None) -> Where:
     """File, line, module path and source line of a node; of `fallback` when the node has no trace."""
     for candidate in (node, fallback):
-        frames = list(_FRAME.finditer(candidate.meta.get("stack_trace") or "")) if candidate is not None else []
+        frames = (
+            list(_FRAME.finditer(candidate.meta.get("stack_trace") or "")) if candidate is not None else []
+        )
         if frames and candidate is not None:
             frame = frames[-1]
             name = f"{Path(frame['file']).name}:{frame['line']}"
@@ -50,7 +52,11 @@ def _module(node: Node) -> str:
     path = str(entries[-1][0])
     inside = re.match(r"^[LG]\['(?P<root>\w+)'\]\.?", path)
     if inside is not None:
-        path = path[inside.end() :] if inside["root"] == "self" else f"{inside['root']}.{path[inside.end() :]}".rstrip(".")
+        path = (
+            path[inside.end() :]
+            if inside["root"] == "self"
+            else f"{inside['root']}.{path[inside.end() :]}".rstrip(".")
+        )
     return re.sub(r"_modules\['([^']+)'\]|\['([^']+)'\]", lambda m: m[1] or m[2], path)
 
 

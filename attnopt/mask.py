@@ -52,7 +52,11 @@ class Mask:
         raise NotImplementedError
 
     def dense(
-        self, sq: int, sk: int, operands: Mapping[str, Tensor] | None = None, device: torch.device | str = "cpu"
+        self,
+        sq: int,
+        sk: int,
+        operands: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """The mask as a bool tensor of shape (..., Sq, Sk): the definition of what it means."""
         i = torch.arange(sq, device=device)[:, None]
@@ -159,7 +163,9 @@ class Opaque(Mask):
 
     def visible(self, i: Tensor, j: Tensor, sizes: tuple[int, int], operands: Mapping[str, Tensor]) -> Tensor:
         del sizes
-        return operands[self.name] & torch.ones_like(i, dtype=torch.bool) & torch.ones_like(j, dtype=torch.bool)
+        return (
+            operands[self.name] & torch.ones_like(i, dtype=torch.bool) & torch.ones_like(j, dtype=torch.bool)
+        )
 
     def _names(self) -> Iterator[str]:
         yield self.name
@@ -244,13 +250,14 @@ class Band:
 def band(mask: Mask) -> Band | None:
     """`mask` as a Band, or None when it has another form."""
     found = Band()
-    for part in mask.parts if isinstance(mask, And) else (mask,):
+    parts = mask.parts if isinstance(mask, And) else (mask,)
+    for part in parts:
         merged = _merge(found, part)
         if merged is None:
             return None
         found = merged
-    if found.window is not None and found.offset is None:
-        return None
+    if found.window is not None and Causal(found.offset or TOP_LEFT) not in parts:
+        return None  # a window bounds on one side only
     return found
 
 
@@ -265,9 +272,14 @@ def _merge(into: Band, part: Mask) -> Band | None:
             return _with(into, opaque=(*into.opaque, name))
         case Causal(offset) if into.offset in (None, offset) and not into.prefix:
             return _with(into, offset=offset)
-        case Window(width, offset) if into.window is None and into.offset in (None, offset) and not into.prefix:
+        case Window(width, offset) if (
+            into.window is None and into.offset in (None, offset) and not into.prefix
+        ):
             return _with(into, offset=offset, window=width)
-        case Or((First(count), Window(width, offset))) if into.window is None and into.offset in (None, offset):
+        case Or((First(count), Window(width, offset))) if into.window is None and into.offset in (
+            None,
+            offset,
+        ):
             return _with(into, offset=offset, window=width, sinks=count)
         case Or((Causal(offset), First(count))) if into.offset is None:
             return _with(into, offset=offset, prefix=count)

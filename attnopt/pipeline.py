@@ -57,7 +57,9 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def optimise(module: GraphModule, options: Options, *, gradient: bool, done: verify.Checks | None = None) -> Outcome:
+def optimise(
+    module: GraphModule, options: Options, *, gradient: bool, done: verify.Checks | None = None
+) -> Outcome:
     """Rewrites `module` in place, the sub-graphs first. `gradient`: whether autograd will follow."""
     done = {} if done is None else done
     inner = [optimise(body, options, gradient=gradient, done=done) for body in sub_graphs(module)]
@@ -97,7 +99,9 @@ class _Pass:
             splice.finish(shadow, [edit.site for edit in edits])
             module.graph.lint()
             module.recompile()
-        graph = GraphReport(nodes_before=before, nodes_after=len(module.graph.nodes), seconds=dict(self.clock.seconds))
+        graph = GraphReport(
+            nodes_before=before, nodes_after=len(module.graph.nodes), seconds=dict(self.clock.seconds)
+        )
         return Outcome(tuple(reports), (graph,), tuple(edits))
 
     def _decide(
@@ -107,8 +111,11 @@ class _Pass:
         if found.site is None:
             return _left_alone(shadow, found)
         site = found.site
-        with self.clock.measure("choose"):
+        try:
             meta = describe(site, gradient=self.gradient)
+        except Reject as reject:
+            return _left_alone(shadow, Found(found.anchor, None, reject, site.rule))
+        with self.clock.measure("choose"):
             choice = policy.choose(meta, kernels(), self.options)
         report = _draft(site, meta, choice)
         if choice.kernel is None:
@@ -122,11 +129,15 @@ class _Pass:
             return replace(report, verdict="refused", reason=check.reason, error=check.error, kernel=None)
         try:
             with self.clock.measure("splice"):
-                splice.splice(shadow, site, splice.trace_call(shadow, site, choice.spec, choice.kernel.run), values)
+                splice.splice(
+                    shadow, site, splice.trace_call(shadow, site, choice.spec, choice.kernel.run), values
+                )
         except Reject as reject:
             return replace(report, verdict="refused", reason=reject.reason, kernel=None)
         edits.append(Edit(shadow, site, choice.spec, choice.kernel, number))
-        notes = "; ".join(filter(None, (report.reason, f"unverified: {check.reason}" if check.error is None else "")))
+        notes = "; ".join(
+            filter(None, (report.reason, f"unverified: {check.reason}" if check.error is None else ""))
+        )
         return replace(report, verdict="rewritten", error=check.error, reason=notes)
 
     def _check(self, shadow: Shadow, site: Site) -> verify.Check:

@@ -43,13 +43,17 @@ def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choic
     if options.assume_causal and has_opaque(site.spec.mask):
         waived = replace(site.spec, mask=assumed_causal(site.spec.mask), empty_row=EmptyRow.NEVER)
         chosen = choose(replace(site, spec=waived), kernels, replace(options, assume_causal=False))
-        return _noted(replace(chosen, exact=False), "its mask could not be proven and is taken as causal, on your word")
+        return _noted(
+            replace(chosen, exact=False), "its mask could not be proven and is taken as causal, on your word"
+        )
     wanted = _approximation(site, options)
     if isinstance(wanted, AttentionSpec):
         chosen = _serve(replace(site, spec=wanted), allowed, exact=False)
         if chosen.kernel is not None:
             return chosen
-        return _noted(_serve(site, allowed, exact=True), f"{options.softmax} cannot serve it ({chosen.reason})")
+        return _noted(
+            _serve(site, allowed, exact=True), f"{options.softmax} cannot serve it ({chosen.reason})"
+        )
     return _noted(_serve(site, allowed, exact=True), wanted)
 
 
@@ -94,7 +98,11 @@ def _streaming(spec: AttentionSpec, options: Options) -> AttentionSpec | str:
     form = band(spec.mask)
     if form is None or form.offset is None or form.window is not None or form.prefix:
         return f"not cut to sinks and a window: its mask is not plainly causal ({spec.mask})"
-    cut = First(options.sinks) | Window(options.window, form.offset) if options.sinks else Window(options.window, form.offset)
+    cut = (
+        First(options.sinks) | Window(options.window, form.offset)
+        if options.sinks
+        else Window(options.window, form.offset)
+    )
     return replace(spec, mask=spec.mask & Causal(form.offset) & cut)
 
 

@@ -66,9 +66,7 @@ def _named(spec: OutputSpec, value: Any) -> OutputSpec:
     return replace(spec, arg=replace(spec.arg, name=value.name))
 
 
-def explain(
-    model: Callable[..., Any], *args: Any, options: Settings = None, **kwargs: Any
-) -> Report:
+def explain(model: Callable[..., Any], *args: Any, options: Settings = None, **kwargs: Any) -> Report:
     """What attnopt would do to `model` on these inputs; the model runs once, as it is, and nothing is changed.
 
     model: a module or function that torch.compile takes. args, kwargs: its inputs. Printing the report gives a table.
@@ -91,5 +89,3 @@ def explain(
     if chosen.strict:
         check_strict(report)
     return report
-
-

@@ -18,7 +18,9 @@ from attnopt.rule import Kernel, Rule
 def rules() -> tuple[Rule, ...]:
     """Every rule, sorted by name."""
     passes = importlib.import_module("attnopt.passes")
-    found = (importlib.import_module(f"attnopt.passes.{m.name}") for m in pkgutil.iter_modules(passes.__path__))
+    found = (
+        importlib.import_module(f"attnopt.passes.{m.name}") for m in pkgutil.iter_modules(passes.__path__)
+    )
     return tuple(sorted((m.RULE for m in found if hasattr(m, "RULE")), key=lambda rule: rule.name))
 
 
@@ -30,6 +32,11 @@ def kernels() -> tuple[Kernel, ...]:
 
 def _kernel_modules() -> Iterator[ModuleType]:
     package = importlib.import_module("attnopt.kernels")
-    folders = {path.name for root in package.__path__ for path in Path(root).iterdir() if (path / "kernel.py").is_file()}
+    folders = {
+        path.name
+        for root in package.__path__
+        for path in Path(root).iterdir()
+        if (path / "kernel.py").is_file()
+    }
     for name in sorted(folders):
         yield importlib.import_module(f"attnopt.kernels.{name}.kernel")

@@ -42,8 +42,8 @@ class Shadow:
     results: frozenset[Node]
 
     def users(self, node: Node) -> list[Node]:
-        """Nodes that use the value and matter to the graph's outputs."""
-        return [user for user in node.users if user in self.live]
+        """Nodes that use the value, not only its shape, and matter to the graph's outputs."""
+        return [user for user in node.users if user in self.live and _reads(user, node)]
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -184,6 +184,32 @@ def _live(graph: Graph, results: frozenset[Node]) -> frozenset[Node]:
     return frozenset(live)
 
 
+def _reads(user: Node, node: Node) -> bool:
+    """Whether `user` needs the elements of `node`."""
+    shape_only = _SHAPE_OF.get(user.target)
+    return shape_only is None or any(
+        arg is node for place, arg in enumerate(user.args) if place != shape_only
+    )
+
+
+#: Operations that take only shape and dtype from the argument at this place.
+_SHAPE_OF: Mapping[object, int] = {
+    torch.ops.aten.expand_as.default: 1,
+    torch.ops.aten.view_as.default: 1,
+    torch.ops.aten.reshape_as.default: 1,
+    torch.ops.aten.type_as.default: 1,
+    torch.ops.aten.to.other: 1,
+    **dict.fromkeys(
+        (
+            torch.ops.aten.sym_size.int, torch.ops.aten.zeros_like.default, torch.ops.aten.ones_like.default,
+            torch.ops.aten.full_like.default, torch.ops.aten.empty_like.default, torch.ops.aten.new_zeros.default,
+            torch.ops.aten.new_ones.default, torch.ops.aten.new_full.default, torch.ops.aten.new_empty.default,
+        ),
+        0,
+    ),
+}  # fmt: skip
+
+
 def mutates(node: Node) -> bool:
     """Whether the node writes to one of its arguments, or has another effect."""
     if node.op != "call_function":
@@ -198,7 +224,9 @@ def written(node: Node) -> list[Node]:
     if schema is None:
         return node.all_input_nodes
     named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-    targets = (named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    targets = (
+        named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    )
     return [n for target in targets for n in pytree.tree_leaves(target) if isinstance(n, Node)]
 
 
@@ -220,7 +248,9 @@ def _source(node: Node, graph: Graph) -> str | None:
 
 def _is_data(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
-    return bool(leaves) and all(isinstance(x, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool) for x in leaves)
+    return bool(leaves) and all(
+        isinstance(x, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool) for x in leaves
+    )
 
 
 def _takes(body: GraphModule, args: Sequence[Any]) -> bool:

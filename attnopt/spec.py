@@ -122,7 +122,7 @@ def _describe(spec: AttentionSpec, name: str) -> str:
             return "bias" if len(value) == 1 else f"bias x{len(value)}"
         case "decay", Decay.PER_HEAD | Decay.PER_TOKEN:
             return f"decay {value.value}"
-        case ("softcap" | "dropout"), float() if value:
+        case (("softcap" | "dropout"), float()) if value:
             return f"{name}={value:g}"
         case "sparse", Sparse(rank, topk, local):
             return f"sparq(r={rank}, k={topk}, l={local})"

@@ -66,7 +66,11 @@ def _validate(replay: Replay, site: Site) -> Check:
         return check
     if _fits(site, Concrete()):
         return _attempt(replay, site, Concrete())
-    return check if check.agrees or check.error is None else replace(check, error=None, reason="too large to check at its own sizes")
+    return (
+        check
+        if check.agrees or check.error is None
+        else replace(check, error=None, reason="too large to check at its own sizes")
+    )
 
 
 def _attempt(replay: Replay, site: Site, sizes: Concrete) -> Check:
@@ -78,7 +82,9 @@ def _attempt(replay: Replay, site: Site, sizes: Concrete) -> Check:
             return Check(None, f"the check could not be run: {str(problem).splitlines()[0]}")
         worst = max(worst, error)
         if not worst <= TOLERANCE:
-            return Check(worst, f"on {family.__name__} values the reading differs by {worst:.1e} from the graph")
+            return Check(
+                worst, f"on {family.__name__} values the reading differs by {worst:.1e} from the graph"
+            )
     return Check(worst)
 
 
@@ -107,7 +113,9 @@ def row_error(actual: Tensor, expected: Tensor) -> float:
 def without_casts(site: Site) -> Site:
     """The same site computing in whatever dtype its operands have."""
     operands = {
-        name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times)) if isinstance(o, Operand) else o
+        name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times))
+        if isinstance(o, Operand)
+        else o
         for name, o in site.operands.items()
     }
     return replace(site, operands=operands, result=replace(emit.result_of(site), dtype=torch.float64))
@@ -166,7 +174,9 @@ def _values(site: Site, lengths: Mapping[Axis, int], family: "Family") -> dict[N
     return values
 
 
-def _value(operand: Operand, name: str, lengths: Mapping[Axis, int], family: "Family", generator: torch.Generator) -> Any:
+def _value(
+    operand: Operand, name: str, lengths: Mapping[Axis, int], family: "Family", generator: torch.Generator
+) -> Any:
     made = operand.node.meta["val"]
     if not isinstance(made, Tensor):
         return 0.37

@@ -11,7 +11,11 @@ import torch
 def versions() -> dict[str, str]:
     """attnopt, torch, triton and python versions, and the device."""
     named = {name: _version(name) for name in ("attnopt", "torch", "triton")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
     return {**named, "python": platform.python_version(), "device": device}
 
 

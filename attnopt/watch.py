@@ -64,7 +64,9 @@ class Watched:
         edit, problem = problems[0]
         message = f"kernel {edit.kernel.name} fails its check on real data ({edit.spec}): {problem}"
         if self.options.strict:
-            raise VerificationError(f"{message}; it is under quarantine. Run with verify='off' or deny={edit.kernel.name!r}")
+            raise VerificationError(
+                f"{message}; it is under quarantine. Run with verify='off' or deny={edit.kernel.name!r}"
+            )
         warnings.warn(f"{message}; the original graph answers from now on", RuntimeWarning, stacklevel=3)
 
 
@@ -116,10 +118,12 @@ def judge(edit: Edit, kept: dict[Node, Any]) -> str:
 
 
 def row_rule(out: Tensor, eager: Tensor, exact: Tensor) -> str:
-    """"" if each row of `out` is as near to `exact` (fp64) as twice eager's distance or two roundings, else what is not."""
+    """ "" if each row of `out` is as near to `exact` (fp64) as twice eager's distance or two roundings, else what is not."""
     if not torch.equal(torch.isfinite(out), torch.isfinite(exact.to(out.dtype))):
         return "NaN or infinity at other places than the graph's"
-    wanted, got, plain = (torch.nan_to_num(x.double(), nan=0.0, posinf=0.0, neginf=0.0) for x in (exact, out, eager))
+    wanted, got, plain = (
+        torch.nan_to_num(x.double(), nan=0.0, posinf=0.0, neginf=0.0) for x in (exact, out, eager)
+    )
     rounding = 2.0 ** -BITS.get(out.dtype, 8) * wanted.norm(dim=-1)
     allowed = 2 * torch.maximum((plain - wanted).norm(dim=-1), rounding)
     error = (got - wanted).norm(dim=-1)

@@ -3,16 +3,12 @@
 python benchmarks/import_time.py [RUNS]
 """
 
-import json
-import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import torch
+from _record import write
 
-RESULT = Path(__file__).parent / "results" / "import_time.json"
 STATEMENTS = {"torch": "import torch", "torch and attnopt": "import torch, attnopt"}
 
 
@@ -23,21 +19,13 @@ def seconds(statement: str) -> float:
     return time.perf_counter() - start
 
 
-def main(runs: int = 7) -> None:
+def main(runs: int = 9) -> None:
     """Measures in turns, so that a busy moment meets both; prints and writes the best of each."""
     times = [{name: seconds(statement) for name, statement in STATEMENTS.items()} for _ in range(runs)]
     best = {name: round(min(time[name] for time in times), 4) for name in STATEMENTS}
     beyond = round(best["torch and attnopt"] - best["torch"], 4)
-    result = {
-        "seconds": best,
-        "beyond torch": beyond,
-        "runs": runs,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-    }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    path = write("import_time", {"runs": runs, "best_seconds": best, "beyond_torch_seconds": beyond})
+    print(f"import torch {best['torch']:.2f} s, attnopt beyond it {beyond:.3f} s; see {path}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ STREAMS = {
     "4 sinks + 252": {"softmax": "streaming", "sinks": 4, "window": 252},
     "window 256, no sinks": {"softmax": "streaming", "sinks": 0, "window": 256},
 }
+
+# torch's own, each time an exported program is copied
+warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
 
 out, progress = Console(), Console(stderr=True)
 

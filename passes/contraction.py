@@ -90,7 +90,9 @@ def _matmul(node: Node, lhs: object, rhs: object) -> Contraction | None:
     if min(ranks) < 2:
         return None
     batch = tuple(f"b{k}" for k in reversed(range(max(ranks) - 2)))
-    left, right = ((*_last(batch, rank - 2), *own) for rank, own in zip(ranks, (("m", "c"), ("c", "n")), strict=True))
+    left, right = (
+        (*_last(batch, rank - 2), *own) for rank, own in zip(ranks, (("m", "c"), ("c", "n")), strict=True)
+    )
     return Contraction(node, lhs, rhs, left, right, (*batch, "m", "n"))
 
 
@@ -102,7 +104,11 @@ def _baddbmm(node: Node) -> Contraction | None:
     added, lhs, rhs = node.args[:3]
     form = _matmul(node, lhs, rhs)
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    if form is None or not isinstance(added, Node) or not all(isinstance(x, int | float) for x in (alpha, beta)):
+    if (
+        form is None
+        or not isinstance(added, Node)
+        or not all(isinstance(x, int | float) for x in (alpha, beta))
+    ):
         return None
     return Contraction(
         node, form.lhs, form.rhs, form.lhs_letters, form.rhs_letters, form.out_letters,
@@ -124,13 +130,17 @@ def einsum_terms(node: Node) -> tuple[tuple[tuple[Node, Letters], ...], Letters]
     operands: Sequence[Node] = node.args[1]  # type: ignore[assignment]
     inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
     out = out if arrow else _implied_output(inputs)
-    letters = [_expand_dots(term, len(shape_of(x))) for term, x in zip(inputs.split(","), operands, strict=True)]
+    letters = [
+        _expand_dots(term, len(shape_of(x))) for term, x in zip(inputs.split(","), operands, strict=True)
+    ]
     return tuple(zip(operands, letters, strict=True)), _expand_dots(out, len(shape_of(node)))
 
 
 def _implied_output(inputs: str) -> str:
     letters = inputs.replace(",", "").replace("...", "")
-    return ("..." if "..." in inputs else "") + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    return ("..." if "..." in inputs else "") + "".join(
+        sorted(x for x in set(letters) if letters.count(x) == 1)
+    )
 
 
 def _expand_dots(term: str, rank: int) -> Letters:

@@ -30,7 +30,9 @@ def parts(site: Site) -> Iterator[tuple[str, Operand]]:
             yield from (("factor", factor) for factor in operand.times)
 
 
-def call(site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given: Lengths | None = None) -> Tensor:
+def call(
+    site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given: Lengths | None = None
+) -> Tensor:
     """The root's value: operands arranged, the kernel run, its output arranged back.
 
     values: those of `leaves(site)`. spec: what to compute (the site's own, or an approximation of it). given:
@@ -57,7 +59,9 @@ def operands(site: Site, spec: AttentionSpec, values: Sequence[Any], sizes: Leng
 
 def _operand(operand: object, name: str, roles: Roles, held: Mapping[Any, Any], sizes: Lengths) -> Tensor:
     if isinstance(operand, Filled):
-        like = next(value for value in held.values() if isinstance(value, Tensor) and value.is_floating_point())
+        like = next(
+            value for value in held.values() if isinstance(value, Tensor) and value.is_floating_point()
+        )
         shape = [_merged(axes, sizes) for axes in operand.layout]
         dtype = torch.promote_types(like.dtype, torch.float32)
         return torch.full(shape, operand.value, dtype=dtype, device=like.device)
@@ -110,7 +114,13 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
     """One operand in its canonical layout, cast and scaled."""
     value = held[operand.node]
     value = value if operand.dtype is None else _cast(value, operand.dtype)
-    needed = operand.layout is not None or name.rstrip("0123456789") in ("q", "k", "v", "padding", "sink_logits")
+    needed = operand.layout is not None or name.rstrip("0123456789") in (
+        "q",
+        "k",
+        "v",
+        "padding",
+        "sink_logits",
+    )
     out = _to_layout(value, operand.dims, operand.layout or roles.layout(name), sizes, expand=needed)
     out = out.log() if operand.function == "log" else out
     beside = operand.layout or (*roles.layout(name)[:-1], ())

@@ -42,7 +42,9 @@ class Space:
 
     def leaves(self, axes: Axes) -> Axes:
         """`axes` with every split applied."""
-        return tuple(chain.from_iterable(self.leaves(self.parts[a]) if a in self.parts else (a,) for a in axes))
+        return tuple(
+            chain.from_iterable(self.leaves(self.parts[a]) if a in self.parts else (a,) for a in axes)
+        )
 
     def resolve(self, dims: Dims) -> Dims:
         """`dims` with every split applied."""
@@ -90,7 +92,13 @@ RESHAPES = frozenset(
     }
 )  # fmt: skip
 COPIES = frozenset(
-    {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.lift_fresh_copy.default, aten.resolve_conj.default}
+    {
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.lift_fresh_copy.default,
+        aten.resolve_conj.default,
+    }
 )
 EXPANDS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default})
@@ -201,7 +209,11 @@ def _repeat_up(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None
         counts = node.args[1][-len(aligned) :]  # type: ignore[index]
         pairs = zip(aligned, counts, shape_of(source), strict=True)
         return source, tuple(regroup(space, axes, (n, size), node)[1] for axes, n, size in pairs)  # type: ignore[misc]
-    if node.target == aten.repeat_interleave.self_int and len(node.args) > 2 and isinstance(node.args[1], int):
+    if (
+        node.target == aten.repeat_interleave.self_int
+        and len(node.args) > 2
+        and isinstance(node.args[1], int)
+    ):
         source, n, dim = input_node(node), node.args[1], node.args[2]
         at = int(dim) % len(dims)  # type: ignore[arg-type]
         kept = regroup(space, dims[at], (shape_of(source)[at], n), node)[0]

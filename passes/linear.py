@@ -85,7 +85,7 @@ class Proven:
 
 def _prove(found: Structure, ending: Ending, roles: Roles) -> Proven:
     """Weights and normaliser under one assignment of roles. Raises Reject."""
-    reader = WeightsReader(found.space, roles)
+    reader = WeightsReader(found.space, roles, found.root)
     weights = reader.read(ending.weighting)
     divisor = ending.divisor
     if divisor is None:

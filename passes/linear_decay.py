@@ -1,16 +1,46 @@
-"""The log decay of a linear attention as an operand: from how it is computed to a tensor of the graph."""
+"""The log decay of a linear attention as an operand: from how it is computed to a tensor of the graph.
 
+A decay given as a base, base ** (i - j), becomes log(base) * (i - j): bases are taken to be positive, as the log decays
+that a kernel gets are taken to be negative; of a negative base NaN comes out, never a wrong number.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
+from types import MappingProxyType
 
 import torch
 
 from attnopt.passes.layout import Axes
 from attnopt.passes.mask_bounds import Role
 from attnopt.passes.mask_decay import Coefficient, Const, DecayReading, Log, Negative, Read, Times
+from attnopt.passes.mask_formula import Number
+from attnopt.passes.mask_numbers import compute
+from attnopt.passes.mask_reader import At, Rule, Value
+from attnopt.passes.mask_rules import RULES
 from attnopt.passes.masks import Leaf
 from attnopt.passes.site import Filled, Operand, Roles
 from attnopt.rule import Reject
+
+
+LN2 = log(2.0)
+
+
+def _in_base_e(function: Callable[[Number], Number]) -> Rule:
+    def rule(at: At) -> Value:
+        return at.logic.lift(function, at.numbers(at.args["self"]))
+
+    return rule
+
+
+#: The rules of masks, and powers of two in base e, so that one form of a decay has to be known.
+DECAY_RULES: Mapping[object, Rule] = MappingProxyType(
+    {
+        **RULES,
+        "exp2": _in_base_e(lambda x: compute("exp", compute("mul", x, LN2))),
+        "log2": _in_base_e(lambda x: compute("div", compute("log", x), LN2)),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from attnopt.passes.layout import CASTS, Axes, Axis, Dims, Space, input_node, step_up
-from attnopt.passes.linear_chain import Triangle, Weighting, end_of, steps_of
+from attnopt.passes.linear_chain import STRANGE, Triangle, Weighting, end_of, steps_of
 from attnopt.passes.linear_product import End, ends_of, product_of
 from attnopt.passes.linear_roles import Base, Trio
 from attnopt.passes.mask_writes import arguments, operation
@@ -86,7 +86,7 @@ class SumReader:
             case "mul" if all(isinstance(held[name], Node) for name in ("self", "other")):
                 return self._all((end_of(held[name], dims, node) for name in ("self", "other")), depth)
         steps = steps_of(node, dims)
-        if len(steps) != 1:
+        if len(steps) != 1 or operation(node) in STRANGE:
             raise Reject("what the output is divided by is no sum of weights", node, 1)
         found = self.read(End(steps[0].node, steps[0].dims, node), depth)
         return replace(found, weighting=steps[0].fold(found.weighting))

@@ -12,7 +12,7 @@ from torch.fx import Node
 from attnopt.mask import FULL, Mask
 from attnopt.passes.layout import Dims, Space
 from attnopt.passes.linear_chain import Gate, Triangle, Weighting
-from attnopt.passes.linear_decay import log_decay_operand
+from attnopt.passes.linear_decay import DECAY_RULES, log_decay_operand
 from attnopt.passes.linear_product import End
 from attnopt.passes.logits import LogitsReader
 from attnopt.passes.mask_bounds import POSITIONS, bounds_for, integer_of
@@ -31,7 +31,6 @@ from attnopt.passes.mask_formula import (
 )
 from attnopt.passes.mask_numbers import compute, is_constant
 from attnopt.passes.mask_reader import MaskReader, Value, as_condition, as_numbers, index_of
-from attnopt.passes.mask_rules import RULES
 from attnopt.passes.scores import Fill
 from attnopt.passes.site import Filled, Operand, Roles, flat, peel
 from attnopt.rule import Reject
@@ -72,10 +71,11 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class WeightsReader:
-    """Reads the weighting of one site, given what its axes mean."""
+    """Reads the weighting of one site, given what its axes mean; root: the last product of the site."""
 
     space: Space
     roles: Roles
+    root: Node
 
     def read(self, found: Weighting) -> Weights:
         """Raises Reject for a tensor over pairs of positions that is not proven to be a mask or a decay."""
@@ -120,7 +120,6 @@ class WeightsReader:
 
     def _matrix(self, pairs: Sequence[End], found: Weighting) -> tuple[float, DecayReading]:
         """The product of everything that weighs pairs of positions, as a constant and a decay on a mask."""
-        last = found.path[0]
         try:
             reader, cases = self._elements(pairs, found)
             factor, cases = _without_constant(cases)
@@ -128,14 +127,16 @@ class WeightsReader:
         except NotUnderstood:
             reading = None
         if reading is None:
-            node = pairs[0].node if pairs else last
-            raise Reject("Q K^T is multiplied by a matrix that is not proven to be a mask or a decay", node)
+            outside = next((p.node for p in pairs if p.node.op in ("placeholder", "get_attr")), None)
+            why = "comes from outside the graph: nothing proves it" if outside else "is not proven to be"
+            node = outside or (pairs[0].node if pairs else self.root)
+            raise Reject(f"Q K^T is multiplied by a matrix that {why} a mask or a decay", node)
         return factor, reading
 
     def _elements(self, pairs: Sequence[End], found: Weighting) -> tuple[MaskReader, Cases]:
         """The element of the product for query i and key j."""
         labels = LogitsReader(self.space, self.roles)
-        reader = MaskReader(Logic(bounds_for(found.path[0], labels.sizes())), RULES)
+        reader = MaskReader(Logic(bounds_for(self.root, labels.sizes())), DECAY_RULES)
         cases = always(ONE)
         for pair in pairs:
             held = _element(reader, labels, pair)

@@ -9,7 +9,7 @@ from torch import Tensor
 from attnopt.mask import FULL, And, KeyPadding, Mask, Opaque, Or
 from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.masks import MaskReading, Role, may_have_empty_rows, read_additive, read_visible
-from attnopt.passes.scores import Fill, Term
+from attnopt.passes.scores import Fill, Term, held_as
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.sizes import Size, product
 from attnopt.rule import Reject
@@ -75,12 +75,13 @@ class LogitsReader:
     def _fill(self, fill: Fill) -> Hidden:
         if not fill.value <= max(NEGLIGIBLE, torch.finfo(fill.dtype).min):
             raise Reject(f"masked scores become {fill.value:g}, which still weighs", fill.node)
+        value = held_as(fill.value, fill.casts)
         roles = self.roles_of(fill.dims)
         if roles is None:
-            operand = Operand(fill.node, fill.dims, negated=fill.hides)
-            return Hidden(Opaque("mask"), {"mask": operand}, fill.value)
+            operand = Operand(fill.node, self.space.resolve(fill.dims), negated=fill.hides)
+            return Hidden(Opaque("mask"), {"mask": operand}, value)
         reading = read_visible(fill.node, roles, self.sizes(), negated=fill.hides)
-        return Hidden(reading.mask, self._operands(reading), fill.value)
+        return Hidden(reading.mask, self._operands(reading), value)
 
     def _additive(self, term: Term) -> Hidden | None:
         value = term.node.meta.get("val")
@@ -92,7 +93,8 @@ class LogitsReader:
         reading = read_additive(term.node, roles, self.sizes())
         if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(value.dtype).min):
             return None
-        return Hidden(reading.visible.mask, self._operands(reading.visible), reading.fill * term.factor)
+        fill = held_as(reading.fill * term.factor, term.casts)
+        return Hidden(reading.visible.mask, self._operands(reading.visible), fill)
 
     def _empty_row(self, hidden: list[Hidden], added: list[Hidden], *, biased: bool) -> EmptyRow | None:
         """What an empty row returns; None when no single meaning states it."""
@@ -114,8 +116,13 @@ class LogitsReader:
             operands |= {names[name]: operand for name, operand in source.operands.items()}
             mask = mask & rename(source.mask, names)
         bias = tuple(f"bias{n or ''}" for n in range(len(biases)))
-        operands |= {name: Operand(t.node, t.dims, t.factor) for name, t in zip(bias, biases, strict=True)}
+        operands |= {name: self._bias(term) for name, term in zip(bias, biases, strict=True)}
         return Logits(mask, empty, bias, operands)
+
+    def _bias(self, term: Term) -> Operand:
+        """What is added, as a number: True counts 1."""
+        dtype = None if term.node.meta["val"].dtype.is_floating_point else torch.float32
+        return Operand(term.node, self.space.resolve(term.dims), term.factor, dtype=dtype)
 
     def roles_of(self, dims: Dims) -> tuple[Role | None, ...] | None:
         """The role of each dimension, or None when some dimension mixes roles."""

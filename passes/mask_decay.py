@@ -27,7 +27,7 @@ from attnopt.passes.mask_formula import (
     parts_of,
 )
 from attnopt.passes.mask_numbers import is_constant
-from attnopt.passes.mask_reader import MaskReader, as_numbers, index_of
+from attnopt.passes.mask_reader import MaskReader, as_numbers
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.mask_writes import arguments, operation, writes_after
 from attnopt.passes.masks import Leaf, find_leaf
@@ -107,8 +107,7 @@ def read_decay(
     """
     reader = reader_for(node, sizes)
     try:
-        value = reader.element_at(node, index_of(roles), at)
-        return decay_of(reader, as_numbers(reader.logic, value))
+        return decay_of(reader, as_numbers(reader.logic, reader.read(node, roles, at)))
     except NotUnderstood:
         return None
 

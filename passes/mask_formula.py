@@ -20,7 +20,7 @@ from attnopt.passes.mask_bounds import Bounds
 Index = tuple[sympy.Expr, ...]
 
 #: More parts or cases than any mask that people write; what has more stays data.
-MAX_PARTS = 24
+MAX_PARTS = 16
 
 
 class NotUnderstood(Exception):  # noqa: N818 - never reaches anybody: the tensor stays data

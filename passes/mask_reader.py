@@ -29,7 +29,7 @@ from attnopt.passes.mask_formula import (
     negate,
 )
 from attnopt.passes.mask_numbers import as_leaf, convert
-from attnopt.passes.mask_writes import arguments, covered, operation, writes_after
+from attnopt.passes.mask_writes import arguments, covered, is_settled, operation, writes_after
 from attnopt.passes.sizes import Size, is_one, same, shape_of
 
 #: What an element is: a condition for tensors of booleans, else a number.
@@ -92,13 +92,14 @@ class MaskReader:
     """Elements of one shadow graph.
 
     rules: by the name of an ATen operation, or by the function that a node calls. seen: all elements that were asked
-    for, (node, index) -> value.
+    for, (node, index) -> value. writes: in-place writes to each node so far asked about.
     """
 
     logic: Logic
     rules: "Mapping[object, Rule]"
     seen: dict[tuple[Node, Index], Value] = field(default_factory=dict)
     depth: int = 0
+    writes: dict[Node, list[Node]] = field(default_factory=dict)
 
     def element(self, node: Node, index: Index) -> Value:
         """The element of `node`, as it was when the node had just run."""
@@ -109,11 +110,23 @@ class MaskReader:
             self.depth -= 1
         return self.seen[key]
 
+    def read(self, node: Node, roles: tuple[Role | None, ...], at: Node | None) -> Value:
+        """The element of a tensor whose dimensions have these roles, when `at` reads it.
+
+        Without `at`: when anybody does; NotUnderstood if that is not the same for all.
+        """
+        if at is None and not is_settled(node):
+            raise NotUnderstood
+        return self.element_at(node, index_of(roles), at)
+
     def element_at(self, node: Node, index: Index, reader: Node | None) -> Value:
         """The element of `node` when `reader` reads it, in-place writes in between included."""
         value = self.element(node, index)
-        for write in writes_after(node, reader):
-            value = self._overwritten(node, write, index, value)
+        if node not in self.writes:
+            self.writes[node] = writes_after(node, None)
+        for write in self.writes[node]:
+            if reader is None or write < reader:
+                value = self._overwritten(node, write, index, value)
         return value
 
     def _interpret(self, node: Node, index: Index) -> Value:

@@ -1,6 +1,5 @@
 """Rules for operations that make numbers and conditions: positions, constants, triangles, comparisons, logic."""
 
-import operator
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -185,7 +184,7 @@ def _copy_of_literal(at: At) -> Value:
     source = at.args["self"]
     if source.op != "get_attr":
         return at.value(source)
-    held = operator.attrgetter(source.target)(source.graph.owning_module)
+    held = getattr(source.graph.owning_module, source.target, None)
     if type(held) is not Tensor or not 0 < held.numel() <= MAX_LITERAL or held.dtype.is_complex:
         raise NotUnderstood
     numbers = [from_float(float(x)) for x in held.flatten().tolist()]

@@ -62,15 +62,7 @@ def _slice(at: At) -> Index:
     start = start_of(at.args["start"], at.size(_source(at), dim))
     if start is None:
         raise NotUnderstood
-    return _moved(at.index, dim, start + at.integer(at.args["step"]) * at.index[dim])
-
-
-def _narrow(at: At) -> Index:
-    dim = _dim(at.args["dim"], len(at.index))
-    start = start_of(at.args["start"], at.size(_source(at), dim))
-    if start is None:
-        raise NotUnderstood
-    return _moved(at.index, dim, start + at.index[dim])
+    return _moved(at.index, dim, start + at.integer(at.args.get("step", 1)) * at.index[dim])
 
 
 def _select(at: At) -> Index:
@@ -110,9 +102,11 @@ def _reshape(at: At) -> Index:
 def _repeat(at: At) -> Index:
     """Only where the repeated dimensions have size 1."""
     source = shape_of(_source(at))
-    counts = at.args["repeats"] if "repeats" in at.args else at.args["dims"]
-    aligned = zip(at.index[len(at.index) - len(source) :], list(counts)[-len(source) :], source, strict=True)
-    return tuple(_repeated(*dimension) for dimension in aligned)
+    counts = list(at.args["repeats"] if "repeats" in at.args else at.args["dims"])
+    if len(counts) != len(at.index):
+        raise NotUnderstood
+    new = len(at.index) - len(source)
+    return tuple(map(_repeated, at.index[new:], counts[new:], source))
 
 
 def _repeated(at: sympy.Expr, count: Any, size: Any) -> sympy.Expr:
@@ -139,6 +133,8 @@ def _meshgrid(at: At, made: Node, which: int) -> Value:
     held = arguments(made)
     crossed = held.get("indexing") == "xy" and which < 2
     dim = 1 - which if crossed else which
+    if len(shape_of(held["tensors"][which])) != 1:
+        raise NotUnderstood
     return at.value(held["tensors"][which], (at.index[dim],))
 
 
@@ -195,6 +191,28 @@ def _pad(at: At) -> Value:
         index = _moved(index, dim, moved)
     filled: Value = at.numbers(0 if at.args["value"] is None else at.args["value"])
     return choose(at, at.logic.conj(conditions), at.value(source, index), filled)
+
+
+def _slice_scatter(at: At) -> Value:
+    """The tensor, but for a slice that comes from another one."""
+    dim = _dim(at.args["dim"], len(at.index))
+    start = start_of(at.args["start"], at.size(_source(at), dim))
+    if start is None or at.args["step"] != 1:
+        raise NotUnderstood
+    moved = at.index[dim] - start
+    size = at.size(at.args["src"], dim)
+    inside = at.logic.conj([at.logic.at_most_zero(-moved), at.logic.at_most_zero(moved - size + 1)])
+    return choose(at, inside, at.value(at.args["src"], _moved(at.index, dim, moved)), at.value(_source(at)))
+
+
+def _select_scatter(at: At) -> Value:
+    dim = _dim(at.args["dim"], len(at.index))
+    chosen = start_of(at.args["index"], at.size(_source(at), dim))
+    if chosen is None:
+        raise NotUnderstood
+    inside = at.logic.equal(at.index[dim], chosen)
+    written = at.value(at.args["src"], at.index[:dim] + at.index[dim + 1 :])
+    return choose(at, inside, written, at.value(_source(at)))
 
 
 def _index(at: At) -> Value:
@@ -261,10 +279,11 @@ VIEWS: Mapping[object, Rule] = MappingProxyType(
         **{name: _view(lambda at: _swap(at, -1, -2)) for name in ("mT", "adjoint")},
         "unsqueeze": _view(_unsqueeze),
         "permute": _view(_permute),
-        "slice": _view(_slice),
-        "narrow": _view(_narrow),
+        **dict.fromkeys(("slice", "narrow"), _view(_slice)),
         "select": _view(_select),
         "flip": _view(_flip),
+        "slice_scatter": _slice_scatter,
+        "select_scatter": _select_scatter,
         "cat": _cat,
         "concat": _cat,
         "pad": _pad,

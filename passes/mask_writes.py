@@ -64,6 +64,20 @@ def writes_after(node: Node, end: Node | None) -> list[Node]:
     return sorted(w for w in found if node < w and (end is None or w < end))
 
 
+def is_settled(node: Node) -> bool:
+    """Whether all that read `node`, or views of it, do so after the last write to it."""
+    writes = writes_after(node, None)
+    return not writes or all(writes[-1] < reader for reader in _readers(node))
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        if _shares(user, node):
+            yield from _readers(user)
+        elif user.op != "output":
+            yield user
+
+
 def _aliases(node: Node) -> set[Node]:
     seen, pending = {node}, [node]
     while pending:

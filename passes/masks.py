@@ -30,7 +30,7 @@ from attnopt.passes.mask_formula import (
     parts_of,
 )
 from attnopt.passes.mask_numbers import is_constant, round_to
-from attnopt.passes.mask_reader import MaskReader, as_condition, index_of
+from attnopt.passes.mask_reader import MaskReader, as_condition
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.mask_writes import writes_after
 from attnopt.passes.sizes import Size, is_one, shape_of
@@ -63,10 +63,18 @@ class Leaf:
     roles: tuple[Role | None, ...]
     negated: bool = False
 
+    @property
+    def is_padding(self) -> bool:
+        """Whether it says something about keys alone, whatever the head and the query."""
+        return {"j"} <= {role for role in self.roles if role} <= {"b", "j"}
+
 
 @dataclass(frozen=True, slots=True)
 class MaskReading:
-    """A mask, and the boolean tensors behind the names in it: `padding...` and `mask...`."""
+    """A mask, and the boolean tensors behind the names in it: `padding` (KeyPadding) and `mask...` (Opaque).
+
+    The leaf of a padding has the role j, and b unless it is the same for all sequences.
+    """
 
     mask: Mask
     leaves: Mapping[str, Leaf] = field(default_factory=dict)
@@ -92,12 +100,11 @@ def read_visible(
 
     node: True where the key is visible (negated: where it is hidden). roles: of each dimension of `node`, None for
     size 1. sizes: of all four roles. at: the node that reads the mask; without it, a mask that is written to in
-    place after it was made is refused. Raises Reject for that, and for a tensor of numbers that is not proven.
+    place after something has read it is refused. Raises Reject for that, and for numbers that are not proven 0 or 1.
     """
     reader = reader_for(node, sizes)
-    index = index_of(roles)
     try:
-        value = reader.element_at(node, index, at)
+        value = reader.read(node, roles, at)
         visible = as_condition(reader.logic, value)
     except NotUnderstood:
         raise Reject(
@@ -119,7 +126,7 @@ def read_additive(
         return None
     reader = reader_for(node, sizes)
     try:
-        value = reader.element_at(node, index_of(roles), at)
+        value = reader.read(node, roles, at)
     except NotUnderstood:
         return None
     if isinstance(value, Formula):
@@ -160,12 +167,13 @@ def _with_leaves(mask: Mask, leaves: Iterable[Leaf]) -> MaskReading:
     """At most one of them is a KeyPadding: kernels take one."""
     held: dict[str, Leaf] = {}
     for leaf in leaves:
-        is_padding = {role for role in leaf.roles if role} == {"b", "j"} and "padding" not in held
-        stem = "padding" if is_padding else "mask"
-        count = sum(name.startswith(stem) for name in held)
-        name = f"{stem}{count or ''}"
+        if leaf.is_padding and "padding" not in held:
+            held["padding"] = leaf
+            mask = mask & KeyPadding("padding")
+            continue
+        name = f"mask{sum(name.startswith('mask') for name in held) or ''}"
         held[name] = leaf
-        mask = mask & (KeyPadding(name) if is_padding else Opaque(name))
+        mask = mask & Opaque(name)
     return MaskReading(mask, held)
 
 
@@ -175,7 +183,7 @@ def _leaves(reader: MaskReader, visible: Formula, unproven: list[Formula], whole
     leaves: list[Leaf] = []
     missing = set(unproven)
     for part in unproven:
-        alone = [c for c in candidates if c.says == {part} and isinstance(part, Fact) and c.is_padding]
+        alone = [c for c in candidates if c.says == {part} and isinstance(part, Fact) and c.leaf.is_padding]
         if alone and part in missing:
             leaves.append(min(alone, key=_Candidate.rank).leaf)
             missing.discard(part)
@@ -203,10 +211,6 @@ class _Candidate:
     leaf: Leaf
     says: frozenset[Formula]
     order: int
-
-    @property
-    def is_padding(self) -> bool:
-        return {role for role in self.leaf.roles if role} == {"b", "j"}
 
     def rank(self) -> tuple[int, int, int]:
         """The best has the least: says no more than needed, is not negated, was made first."""

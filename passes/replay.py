@@ -66,10 +66,11 @@ class Replay:
     def numbers(self) -> frozenset[int]:
         """Whole numbers that the slice writes down and that are no sizes of its tensors: offsets, widths, positions."""
         held = [n.meta.get("val") for n in (*self.nodes, *self.leaves)]
-        sizes = {size for value in held if isinstance(value, Tensor) for size in value.shape if type(size) is int}
+        sizes = {
+            size for value in held if isinstance(value, Tensor) for size in value.shape if type(size) is int
+        }
         written = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in self.nodes])
         return frozenset(abs(x) for x in written if type(x) is int and x not in sizes)
-
 
 
 def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Generator) -> Any:
@@ -92,7 +93,11 @@ def _makes_floats(node: Node) -> bool:
     given = [n.meta.get("val") for n in node.all_input_nodes]
     tensors = [value for value in given if isinstance(value, Tensor)]
     is_float = isinstance(made, Tensor) and made.is_floating_point()
-    return is_float and bool(tensors) and not any(t.is_floating_point() or t.dtype == torch.bool for t in tensors)
+    return (
+        is_float
+        and bool(tensors)
+        and not any(t.is_floating_point() or t.dtype == torch.bool for t in tensors)
+    )
 
 
 def _packet(node: Node) -> str:
@@ -116,7 +121,9 @@ def _argument(value: Any, known: Mapping[Node, Any], sizes: Concrete) -> Any:
 
 def _wide(value: Any) -> Any:
     """Floating tensors in fp64; a number held in a 0-d tensor stays as rounded as the graph holds it."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else value
+    return (
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() else value
+    )
 
 
 def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
@@ -135,13 +142,18 @@ def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
 def normal_form(replay: Replay, site: Site) -> str:
     """The slice, its operands and the spec as text; equal for equal sites, whatever their place in the graph."""
     number = {node: n for n, node in enumerate((*replay.leaves, *replay.nodes))}
-    lines = [f"{number[n]}: {n.target if n.op == 'call_function' else n.op} {_shown(n, number)}" for n in replay.nodes]
+    lines = [
+        f"{number[n]}: {n.target if n.op == 'call_function' else n.op} {_shown(n, number)}"
+        for n in replay.nodes
+    ]
     held = [f"{number[n]}: {_meta(n)}" for n in replay.leaves]
     return "\n".join([str(site.spec), *held, *lines])
 
 
 def _shown(node: Node, number: Mapping[Node, int]) -> str:
-    shown = pytree.tree_map(lambda x: f"%{number[x]}" if isinstance(x, Node) else x, (node.args, dict(node.kwargs)))
+    shown = pytree.tree_map(
+        lambda x: f"%{number[x]}" if isinstance(x, Node) else x, (node.args, dict(node.kwargs))
+    )
     return f"{shown} {_meta(node)}"
 
 

@@ -29,6 +29,25 @@ class Term:
     dims: Dims
     factor: float = 1.0
     inverse: bool = False
+    casts: "tuple[Cast, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The scores are cast to `dtype`, and multiplied by `scale` afterwards."""
+
+    dtype: torch.dtype
+    scale: float
+
+
+def held_as(value: float, casts: "tuple[Cast, ...]") -> float:
+    """A hidden logit, given as it would be without rounding, behind the casts: -inf if it does not fit one of them."""
+    held = (
+        torch.tensor(value / cast.scale, dtype=torch.float64).to(cast.dtype)
+        for cast in casts
+        if cast.scale > 0
+    )
+    return -torch.inf if any(x == -torch.inf for x in held) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +59,7 @@ class Fill:
     value: float
     hides: bool
     dtype: torch.dtype = torch.float32
+    casts: tuple[Cast, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +74,7 @@ class Scores:
     terms: tuple[Term, ...] = ()
     fills: tuple[Fill, ...] = ()
     factors: tuple[Term, ...] = ()
+    casts: tuple[Cast, ...] = ()
     path: tuple[Node, ...] = ()
     rsqrt: Axes = ()
     form: Contraction | None = None
@@ -79,30 +100,40 @@ class ScoreReader:
             return self.read(*moved, here)
         step = _STEPS.get(_functional(node))
         if step is None:
-            raise Reject(f"{_name(node)} between Q K^T and the softmax is not understood", node, len(here.path))
+            raise Reject(
+                f"{_name(node)} between Q K^T and the softmax is not understood", node, len(here.path)
+            )
         return step(self, node, dims, here)
 
     def _need_inner(self, node: Node, here: Scores) -> None:
         """Each value on the way is used once, so that no node is read twice, however the graph forks."""
         if len(here.path) > LONGEST:
-            raise Reject(f"more than {LONGEST} operations between Q K^T and the softmax", node, len(here.path))
+            raise Reject(
+                f"more than {LONGEST} operations between Q K^T and the softmax", node, len(here.path)
+            )
         others = [user for user in self.shadow.users(node) if user not in here.path[-2:-1]]
         if len(here.path) > 1 and others:
             raise Reject(
-                f"an inner value of the attention ({node.name}) is also used by {others[0].name}", node, len(here.path)
+                f"an inner value of the attention ({node.name}) is also used by {others[0].name}",
+                node,
+                len(here.path),
             )
 
     def _contract(self, form: Contraction, dims: Dims, here: Scores) -> Scores:
         if not form.node.meta["val"].dtype.is_floating_point:
-            raise Reject(f"the scores are {form.node.meta['val'].dtype}, not floating point", form.node, len(here.path))
+            raise Reject(
+                f"the scores are {form.node.meta['val'].dtype}, not floating point", form.node, len(here.path)
+            )
         terms = here.terms
         if form.added is not None:
             _need_outermost(here, form.node, "a bias")
-            terms = (*terms, _term(form.added, dims, here.scale * form.added_factor))
+            terms = (*terms, _term(form.added, dims, here, form.added_factor))
         q, k = label_up(self.space, form, dims)
         return replace(here, scale=here.scale * form.factor, terms=terms, form=form, q=q, k=k)
 
-    def either(self, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node, float, float]]) -> Scores:
+    def either(
+        self, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node, float, float]]
+    ) -> Scores:
         """Through an addition: the side that leads to Q K^T is read on, the other is a term.
 
         sides: (scores, added, factor of the scores, factor of the added tensor).
@@ -110,7 +141,7 @@ class ScoreReader:
         _need_outermost(here, node, "a bias")
         found, reasons = [], []
         for scores, added, sign, added_sign in sides:
-            other = _term(added, dims, here.scale * added_sign)
+            other = _term(added, dims, here, added_sign)
             below = replace(here, scale=here.scale * sign, terms=(*here.terms, other))
             try:
                 found.append(self.read(scores, broadcast_up(dims, shape_of(scores)), below))
@@ -133,8 +164,8 @@ def _need_uncapped(here: Scores, node: Node, what: str) -> None:
         raise Reject(f"{what} inside a soft cap is not understood", node, len(here.path))
 
 
-def _term(node: Node, dims: Dims, factor: float) -> Term:
-    return Term(node, broadcast_up(dims, shape_of(node)), factor)
+def _term(node: Node, dims: Dims, here: Scores, factor: float) -> Term:
+    return Term(node, broadcast_up(dims, shape_of(node)), here.scale * factor, casts=here.casts)
 
 
 def _tensors(node: Node) -> list[Node]:
@@ -158,7 +189,8 @@ def _name(node: Node) -> str:
 def _cast(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
     if not node.meta["val"].dtype.is_floating_point:
         raise Reject("scores are cast to a type that is not floating point", node, len(here.path))
-    return reader.read(input_node(node), dims, here)
+    casts = (*here.casts, Cast(node.meta["val"].dtype, here.scale))
+    return reader.read(input_node(node), dims, replace(here, casts=casts))
 
 
 def _mul(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
@@ -183,14 +215,22 @@ def _div(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
 
 
 def _by_tensor(
-    reader: ScoreReader, node: Node, dims: Dims, here: Scores, sides: list[tuple[Node, Node]], *, inverse: bool = False
+    reader: ScoreReader,
+    node: Node,
+    dims: Dims,
+    here: Scores,
+    sides: list[tuple[Node, Node]],
+    *,
+    inverse: bool = False,
 ) -> Scores:
     """Scores times (over) a tensor, or a size-dependent number: a factor on q, if it does not vary with the key."""
     reasons = []
     for scores, factor in sides:
         if not isinstance(scores.meta.get("val"), Tensor):
             continue
-        factor_dims = broadcast_up(dims, shape_of(factor)) if isinstance(factor.meta.get("val"), Tensor) else ()
+        factor_dims = (
+            broadcast_up(dims, shape_of(factor)) if isinstance(factor.meta.get("val"), Tensor) else ()
+        )
         below = replace(here, factors=(*here.factors, Term(factor, factor_dims, inverse=inverse)))
         try:
             return reader.read(scores, broadcast_up(dims, shape_of(scores)), below)
@@ -215,7 +255,12 @@ def _sum(reader: ScoreReader, node: Node, dims: Dims, here: Scores, sign: float)
     left, right = node.args[:2]
     weight = sign * float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
     for scores, number in ((left, constant(right)), (right, constant(left))):
-        if isinstance(scores, Node) and number is not None and number == number and abs(number) != float("inf"):
+        if (
+            isinstance(scores, Node)
+            and number is not None
+            and number == number
+            and abs(number) != float("inf")
+        ):
             return _shift(reader, scores, dims, here, number, weight, first=scores is left)
     if not (isinstance(left, Node) and isinstance(right, Node)):
         raise Reject("an infinite constant is added to the scores", node, len(here.path))
@@ -232,7 +277,9 @@ def _shift(
     _need_uncapped(here, scores, "a number that is added")
     shift = here.scale * number * (weight if first else 1.0)
     fills = tuple(replace(fill, value=fill.value - shift) for fill in here.fills)
-    return reader.read(scores, dims, replace(here, scale=here.scale * (1.0 if first else weight), fills=fills))
+    return reader.read(
+        scores, dims, replace(here, scale=here.scale * (1.0 if first else weight), fills=fills)
+    )
 
 
 def _where(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> Scores:
@@ -253,11 +300,20 @@ def _masked_fill(reader: ScoreReader, node: Node, dims: Dims, here: Scores) -> S
 
 
 def _fill(
-    reader: ScoreReader, node: Node, dims: Dims, here: Scores, scores: Node, condition: Node, value: float, hides: bool
+    reader: ScoreReader,
+    node: Node,
+    dims: Dims,
+    here: Scores,
+    scores: Node,
+    condition: Node,
+    value: float,
+    hides: bool,
 ) -> Scores:
     _need_outermost(here, node, "a mask")
     dtype = node.meta["val"].dtype
-    fill = Fill(condition, broadcast_up(dims, shape_of(condition)), here.scale * value, hides, dtype)
+    fill = Fill(
+        condition, broadcast_up(dims, shape_of(condition)), here.scale * value, hides, dtype, here.casts
+    )
     return reader.read(scores, broadcast_up(dims, shape_of(scores)), replace(here, fills=(*here.fills, fill)))
 
 

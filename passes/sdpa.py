@@ -35,7 +35,9 @@ class SdpaRule:
         q, k, v, weights, out = _label(space, call, anchor)
         key = weights[-1]
         scores = _scores(call, weights, q[-1], anchor)
-        parts = Parts((call["query"], q), (call["key"], k), (call["value"], v), scores, anchor.meta["val"].dtype)
+        parts = Parts(
+            (call["query"], q), (call["key"], k), (call["value"], v), scores, anchor.meta["val"].dtype
+        )
         given = Causal(TOP_LEFT) if call["is_causal"] else FULL
         frame = Frame(self.name, anchor, out, weights, key, frozenset(), given)
         return build(space, shadow, parts, frame, safe=True)

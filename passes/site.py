@@ -168,7 +168,9 @@ def _peel_one(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float] 
 
 def _is_upcast(node: Node) -> bool:
     before, after = input_node(node).meta["val"].dtype, node.meta["val"].dtype
-    return before.is_floating_point and after.is_floating_point and torch.promote_types(before, after) == after
+    return (
+        before.is_floating_point and after.is_floating_point and torch.promote_types(before, after) == after
+    )
 
 
 def _peel_scale(node: Node, dims: Dims) -> tuple[Node, Dims, float] | None:
@@ -193,7 +195,9 @@ def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtyp
     result = root
     for node, entered in operands:
         held = node.meta["val"].dtype
-        result = torch.promote_types(result, held if torch.promote_types(held, entered) == entered else entered)
+        result = torch.promote_types(
+            result, held if torch.promote_types(held, entered) == entered else entered
+        )
     return result
 
 

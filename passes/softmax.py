@@ -49,7 +49,14 @@ class SoftmaxRule:
         weights = read_weights(space, shadow, anchor, dims, key)
         scores = ScoreReader(space, shadow).read(input_node(anchor), dims, Scores())
         parts = pair(space, scores, weights.value, weights.value_dims, key)
-        frame = Frame(self.name, weights.form.node, weights.out_dims, dims, key, frozenset((*scores.path, *weights.path)))
+        frame = Frame(
+            self.name,
+            weights.form.node,
+            weights.out_dims,
+            dims,
+            key,
+            frozenset((*scores.path, *weights.path)),
+        )
         return build(space, shadow, parts, frame, safe=anchor.target is aten._safe_softmax.default)
 
 
@@ -77,7 +84,9 @@ class Parts:
     entered: torch.dtype
 
 
-def pair(space: Space, scores: Scores, value: Node, value_dims: Dims, key: Dims | tuple[object, ...]) -> Parts:
+def pair(
+    space: Space, scores: Scores, value: Node, value_dims: Dims, key: Dims | tuple[object, ...]
+) -> Parts:
     """Tells queries from keys: the operand that runs along the softmax is the key."""
     form = scores.form
     if form is None:
@@ -88,7 +97,9 @@ def pair(space: Space, scores: Scores, value: Node, value_dims: Dims, key: Dims 
     if along == [True, False]:
         sides.reverse()
     elif along != [False, True]:
-        raise Reject("the product above the softmax does not pair queries with keys", form.node, len(scores.path))
+        raise Reject(
+            "the product above the softmax does not pair queries with keys", form.node, len(scores.path)
+        )
     return Parts(sides[0], sides[1], (value, value_dims), scores, form.node.meta["val"].dtype)
 
 
@@ -107,7 +118,7 @@ def build(space: Space, shadow: Shadow, parts: Parts, frame: Frame, *, safe: boo
     k, v = (with_dtype(Operand(n, space.resolve(d)), dtype) for n, d in ((k_node, k_dims), (v_node, v_dims)))
     spec = _spec(parts.scores, parts.scores.scale * q_factor * k_factor, roles, logits, frame.root)
     operands = {"q": with_dtype(q, dtype), "k": k, "v": v, **logits.operands}
-    _check(shadow, operands, spec, frame)
+    _check(shadow, operands, spec, frame, roles)
     result = Result(roles, space.resolve(frame.out), frame.root.meta["val"].dtype)
     return Site(frame.rule, frame.root, spec, operands, result, frame.interior)
 
@@ -140,12 +151,27 @@ def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, root: Node
     )  # fmt: skip
 
 
-def _check(shadow: Shadow, operands: Mapping[str, Operand], spec: AttentionSpec, frame: Frame) -> None:
+def _check_whole(name: str, operand: Operand, roles: Roles) -> None:
+    """Several axes merge into one dimension without a copy only if the operand has all of them, or none."""
+    held = {a for axes in operand.dims for a in axes}
+    for group in roles.layout(name):
+        if held & {*group} and not held >= {*group}:
+            raise Reject(
+                f"{name} has some of the axes of its batch or heads, and would be copied along the others",
+                operand.node,
+            )
+
+
+def _check(
+    shadow: Shadow, operands: Mapping[str, Operand], spec: AttentionSpec, frame: Frame, roles: Roles
+) -> None:
     devices = {o.node.meta["val"].device for o in operands.values()}
     if len(devices) != 1:
         raise Reject(f"operands on different devices: {', '.join(sorted(map(str, devices)))}", frame.root)
     if set(operands) != set(spec.operand_names()):
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", frame.root)
+    for name in "qkv":
+        _check_whole(name, operands[name], roles)
     check_inside(shadow, frame.interior, frame.root)
     check_unmutated(operands, frame.root)
 

@@ -44,13 +44,17 @@ def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -
         traced = make_fx(called, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     made, wanted = _result(traced).meta["val"], site.root.meta["val"]
     if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape):
-        raise Reject(f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", site.root)
+        raise Reject(
+            f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", site.root
+        )
     if _shows_layout(shadow, site.root) and not _is_laid_out_as(made, wanted):
         raise Reject("what follows depends on a memory layout which the kernel does not give", site.root)
     return traced
 
 
-def _call_as_laid_out(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -> Callable[..., Tensor]:
+def _call_as_laid_out(
+    shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run
+) -> Callable[..., Tensor]:
     """The call; where its memory layout shows (a `view` follows, or the graph returns it), laid out as the root."""
     if not _shows_layout(shadow, site.root):
         return lambda *values: emit.call(site, spec, run, values)
@@ -59,9 +63,6 @@ def _call_as_laid_out(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit
         return lambda *values: emit.call(site, spec, run, values).contiguous()
     back = [order.index(d) for d in range(len(order))]
     return lambda *values: emit.call(site, spec, run, values).permute(order).contiguous().permute(back)
-
-
-
 
 
 def _memory_order(value: Tensor) -> list[int]:
@@ -76,12 +77,11 @@ def _is_laid_out_as(made: Tensor, wanted: Tensor) -> bool:
     return all(is_one(size_of(size)) or same(size_of(a), size_of(b)) for size, a, b in places)
 
 
-
-
 def _shows_layout(shadow: Shadow, node: Node) -> bool:
     """Whether the value, or a permutation of it, is viewed without a copy in between, or leaves the graph."""
     return node in shadow.results or any(
-        user.target in _VIEWED or (user.target in _STRIDED and _shows_layout(shadow, user)) for user in node.users
+        user.target in _VIEWED or (user.target in _STRIDED and _shows_layout(shadow, user))
+        for user in node.users
     )
 
 
@@ -223,6 +223,9 @@ def _has_effect(node: Node) -> bool:
 
 
 _EFFECTS = frozenset(
-    {f"i{op}" for op in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor", "pow", "matmul", "mod")}
+    {
+        f"i{op}"
+        for op in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor", "pow", "matmul", "mod")
+    }
     | {"setitem", "_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
 )

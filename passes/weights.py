@@ -44,13 +44,24 @@ def _only_user(shadow: Shadow, node: Node, depth: int) -> Node:
     return users[0]
 
 
-def _contract(space: Space, form: Contraction, node: Node, dims: Dims, key: Axes, path: tuple[Node, ...]) -> Weights:
+def _contract(
+    space: Space, form: Contraction, node: Node, dims: Dims, key: Axes, path: tuple[Node, ...]
+) -> Weights:
     if form.lhs is form.rhs:
         raise Reject("the softmax is multiplied by itself", form.node, len(path))
     letters = form.lhs_letters if form.lhs is node else form.rhs_letters
-    summed = {a for letter, axes in zip(letters, dims, strict=True) if letter in form.contracted for a in space.leaves(axes)}
+    summed = {
+        a
+        for letter, axes in zip(letters, dims, strict=True)
+        if letter in form.contracted
+        for a in space.leaves(axes)
+    }
     if summed != set(space.leaves(key)):
-        raise Reject("the product after the softmax does not sum over what the softmax normalised", form.node, len(path))
+        raise Reject(
+            "the product after the softmax does not sum over what the softmax normalised",
+            form.node,
+            len(path),
+        )
     if form.added is not None or form.factor != 1.0:
         raise Reject("the product with the values also adds or scales", form.node, len(path))
     value_dims, out_dims = label_down(space, form, node, dims)

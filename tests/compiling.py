@@ -28,7 +28,9 @@ def compiled(function: Function, *, dynamic: bool | None = False, **options: obj
     return torch.compile(function, backend="attnopt", options={"inner": "eager", **options}, dynamic=dynamic)
 
 
-def run(function: Function, inputs: Sequence[Any], differentiable: int = 0, fixed: Container[int] | None = None) -> Run:
+def run(
+    function: Function, inputs: Sequence[Any], differentiable: int = 0, fixed: Container[int] | None = None
+) -> Run:
     """One call on copies of the inputs, and one backward pass through all outputs.
 
     fixed: the only sizes that the compiled code may depend on; None: it may depend on all.
@@ -40,7 +42,9 @@ def run(function: Function, inputs: Sequence[Any], differentiable: int = 0, fixe
     out = function(*held)
     outputs = tuple(x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point())
     if roots:
-        weights = [torch.arange(1.0, x.numel() + 1).view(x.shape).to(x.dtype).div(x.numel()).cos() for x in outputs]
+        weights = [
+            torch.arange(1.0, x.numel() + 1).view(x.shape).to(x.dtype).div(x.numel()).cos() for x in outputs
+        ]
         torch.autograd.backward(outputs, weights)
     return Run(tuple(x.detach() for x in outputs), tuple(root.grad for root in roots))
 
@@ -63,7 +67,9 @@ def assert_runs_agree(got: Run, exact: Run, eager: Run) -> None:
     for n, (out, want, plain) in enumerate(zip(got.outputs, exact.outputs, eager.outputs, strict=True)):
         assert (out.dtype, out.stride()) == (plain.dtype, plain.stride())
         assert_same(out, want, plain, what=f"output {n}")
-    for n, (gradient, want, plain) in enumerate(zip(got.gradients, exact.gradients, eager.gradients, strict=True)):
+    for n, (gradient, want, plain) in enumerate(
+        zip(got.gradients, exact.gradients, eager.gradients, strict=True)
+    ):
         assert (gradient is None) == (plain is None)
         if gradient is not None and want is not None:
             assert_gradients_agree(gradient, want, plain, what=f"gradient {n}")
@@ -76,11 +82,13 @@ def assert_gradients_agree(got: Tensor, exact: Tensor, eager: Tensor, *, what: s
     nothing; its rounding has the size of what cancels. Where eager's is NaN (it divides rows without keys by 0, and the
     gradient of the whole head with them) the kernels' may be a number.
     """
-    known = eager.isfinite()
+    known, bits = eager.isfinite(), BITS[got.dtype]
     got, exact, eager = (x.detach().double().where(known, 0.0) for x in (got, exact, eager))
     error, allowed = (got - exact).norm(dim=-1), (eager - exact).norm(dim=-1)
-    rounding = 2.0 ** -BITS[torch.float32] * exact.norm(dim=-1).max()
-    assert bool((error <= 3 * allowed.clamp_min(rounding)).all()), f"{what} is off by {float(error.max()):.2e}"
+    rounding = 2.0**-bits * exact.norm(dim=-1).max()
+    assert bool((error <= 3 * allowed.clamp_min(rounding)).all()), (
+        f"{what} is off by {float(error.max()):.2e}"
+    )
 
 
 def check_like_eager(

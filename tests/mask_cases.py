@@ -501,7 +501,7 @@ def dilated(s):
     return ((s.i - s.j) % 2 == 0) & (s.j <= s.i)
 
 
-@visible("opaque")
+@visible("padding")
 def late_keys(s):
     return (s.j >= 3) & s.ones()
 

@@ -25,7 +25,8 @@ Inputs = Callable[[], tuple[Tensor, ...]]
 class Spelling:
     """attend: computes the attention of `inputs()`; the first `differentiable` of those have gradients.
 
-    The rest is what the spec must say; `biases` counts them. verdict: "kept" where torch's own call already is it.
+    The rest is what the spec must say; `biases` counts them; where Sq and Sk are not known, some query may see no key
+    (empty_row_symbolic). verdict: "kept" where torch's own call already is it.
     """
 
     attend: Callable[..., Tensor]
@@ -36,6 +37,7 @@ class Spelling:
     empty_row: str = "never"
     biases: int = 0
     softcap: float | None = None
+    empty_row_symbolic: str | None = None
     verdict: str = "rewritten"
     differentiable: int = 3
 
@@ -162,7 +164,9 @@ def scale_split(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @spelling(mha, scale=0.25)
 def scale_is_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale_attn = torch.sqrt(torch.tensor(float(D), dtype=torch.float32))
-    return torch.softmax((q.to(torch.float32) @ k.to(torch.float32).mT) / scale_attn, -1).to(v.dtype) @ v  # HF gptj
+    return (
+        torch.softmax((q.to(torch.float32) @ k.to(torch.float32).mT) / scale_attn, -1).to(v.dtype) @ v
+    )  # HF gptj
 
 
 @spelling(with_last(mha, lambda: torch.tensor(0.7)))
@@ -217,7 +221,12 @@ def two_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @spelling(with_last(mha, lambda: draw(B, H, 1, S)), scale=0.5, biases=1, differentiable=4)
 def baddbmm_with_bias(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
     b, h, n, d = q.shape
-    q, k, v, alibi = q.reshape(b * h, n, d), k.mT.reshape(b * h, d, n), v.reshape(b * h, n, d), alibi.view(b * h, 1, n)
+    q, k, v, alibi = (
+        q.reshape(b * h, n, d),
+        k.mT.reshape(b * h, d, n),
+        v.reshape(b * h, n, d),
+        alibi.view(b * h, 1, n),
+    )
     scores = alibi.baddbmm(batch1=q, batch2=k, beta=1.0, alpha=0.5).view(b, h, n, n)  # HF bloom
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype).view(b * h, n, n)
     return torch.bmm(weights, v).view(b, h, n, d)
@@ -225,14 +234,18 @@ def baddbmm_with_bias(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
 
 @spelling(with_last(single, lambda: draw(B, S, S)), scale=D**-0.5, biases=1)
 def baddbmm_with_factors(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    scores = torch.baddbmm(mask, q * math.sqrt(1.0 / D), k.transpose(-2, -1), beta=0.5)  # torch.nn.functional, and beta
+    scores = torch.baddbmm(
+        mask, q * math.sqrt(1.0 / D), k.transpose(-2, -1), beta=0.5
+    )  # torch.nn.functional, and beta
     return torch.bmm(functional.softmax(scores, dim=-1), v)
 
 
 @spelling(single, scale=0.25)
 def baddbmm_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     empty = torch.empty(q.shape[0], q.shape[1], k.shape[1], dtype=q.dtype)
-    return torch.softmax(torch.baddbmm(empty, q, k.mT, beta=0, alpha=0.25), -1) @ v  # diffusers get_attention_scores
+    return (
+        torch.softmax(torch.baddbmm(empty, q, k.mT, beta=0, alpha=0.25), -1) @ v
+    )  # diffusers get_attention_scores
 
 
 @spelling(cross, scale=0.25)
@@ -248,7 +261,9 @@ def einsum_implied_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @spelling(cross, scale=0.5)
 def einsum_with_dots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("...ij, ...je -> ...ie", torch.einsum("... i d, ... j d -> ... i j", q, k * 0.5).softmax(-1), v)
+    return torch.einsum(
+        "...ij, ...je -> ...ie", torch.einsum("... i d, ... j d -> ... i j", q, k * 0.5).softmax(-1), v
+    )
 
 
 @spelling(by_position, scale=D**-0.5)
@@ -260,10 +275,16 @@ def einsum_head_axis_last_but_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @spelling(by_position, scale=0.125)
 def einsum_temperature(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.softmax(0.125 * torch.einsum("nlhe,nshe->nhls", q, k), dim=-1)
-    return torch.einsum("nhls,nshd->nlhd", weights, v).contiguous()  # idiap/fast-transformers full_attention.py
+    return torch.einsum(
+        "nhls,nshd->nlhd", weights, v
+    ).contiguous()  # idiap/fast-transformers full_attention.py
 
 
-@spelling(lambda: (draw(SQ, B, H, D), draw(SK, B, H, D), draw(SK, B, H, DV), draw(H, D)), scale=0.25, differentiable=4)
+@spelling(
+    lambda: (draw(SQ, B, H, D), draw(SK, B, H, D), draw(SK, B, H, DV), draw(H, D)),
+    scale=0.25,
+    differentiable=4,
+)
 def einsum_positions_first(q: Tensor, k: Tensor, v: Tensor, r_w_bias: Tensor) -> Tensor:
     weights = functional.softmax(torch.einsum("ibnd,jbnd->bnij", q + r_w_bias, k) * 0.25, dim=3)  # HF xlnet
     return torch.einsum("bnij,jbnd->ibnd", weights, v)
@@ -381,10 +402,12 @@ def causal_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def causal_buffer_sliced(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     t = q.shape[2]
     scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(D))
-    return functional.softmax(scores.masked_fill(bias[:, :, :t, :t] == 0, NEG_INF), dim=-1) @ v  # karpathy/nanoGPT
+    return (
+        functional.softmax(scores.masked_fill(bias[:, :, :t, :t] == 0, NEG_INF), dim=-1) @ v
+    )  # karpathy/nanoGPT
 
 
-@spelling(cross, scale=0.25, mask="causal(Sk-Sq)")
+@spelling(cross, scale=0.25, mask="causal(Sk-Sq)", empty_row_symbolic="nan")
 def causal_after_a_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     past = k.shape[2] - q.shape[2]
     i, j = torch.arange(q.shape[2])[:, None] + past, torch.arange(k.shape[2])[None, :]
@@ -396,7 +419,7 @@ def one_query_over_a_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(2, 3) * 0.25, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-@spelling(mha, scale=0.25, mask="causal & window(3)")
+@spelling(mha, scale=0.25, mask="causal & window(3)", empty_row_symbolic="uniform")
 def causal_and_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])[None, :]
     seen = (distance >= 0) & (distance < 3)
@@ -418,7 +441,9 @@ def padding_in_place(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 @spelling(padded(cross), scale=0.25, mask="padding", empty_row="uniform")
 def padding_by_arithmetic(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    mask = (1.0 - keep[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min  # HF get_extended_attention_mask
+    mask = (1.0 - keep[:, None, None, :].to(q.dtype)) * torch.finfo(
+        q.dtype
+    ).min  # HF get_extended_attention_mask
     return torch.softmax(q @ k.mT / 4 + mask, -1) @ v
 
 
@@ -428,14 +453,21 @@ def padding_subtracted(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (scores - 1e30 * (1 - keep[:, None, None].float())).softmax(-1) @ v  # HF xlnet, funnel
 
 
-@spelling(padded(lambda: (draw(SQ, B, H * D), draw(SK, B, H * D), draw(SK, B, H * D))), scale=0.25, mask="padding", empty_row="nan")
+@spelling(
+    padded(lambda: (draw(SQ, B, H * D), draw(SK, B, H * D), draw(SK, B, H * D))),
+    scale=0.25,
+    mask="padding",
+    empty_row="nan",
+)
 def padding_through_a_view(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     t, b, s = q.shape[0], q.shape[1], k.shape[0]
     q, k, v = (x.contiguous().view(-1, b * H, D).transpose(0, 1) for x in (q * 0.25, k, v))
     scores = torch.bmm(q, k.transpose(1, 2)).view(b, H, t, s)
     scores = scores.masked_fill(~keep.unsqueeze(1).unsqueeze(2).to(torch.bool), NEG_INF).view(b * H, t, s)
     weights = functional.softmax(scores.float(), dim=-1).type_as(q)
-    return torch.bmm(weights, v).transpose(0, 1).contiguous().view(t, b, H * D)  # fairseq multihead_attention.py
+    return (
+        torch.bmm(weights, v).transpose(0, 1).contiguous().view(t, b, H * D)
+    )  # fairseq multihead_attention.py
 
 
 @spelling(padded(mha), scale=0.25, mask="causal & padding", empty_row="nan")
@@ -445,12 +477,16 @@ def causal_and_padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return torch.where(seen, q @ k.mT * 0.25, NEG_INF).softmax(-1) @ v
 
 
-@spelling(with_last(cross, lambda: torch.rand(B, 1, SQ, SK) > 0.4), scale=0.25, mask="opaque", empty_row="nan")
+@spelling(
+    with_last(cross, lambda: torch.rand(B, 1, SQ, SK) > 0.4), scale=0.25, mask="opaque", empty_row="nan"
+)
 def opaque_boolean(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(torch.where(mask, q @ k.mT * 0.25, NEG_INF), -1) @ v
 
 
-@spelling(with_last(cross, lambda: torch.rand(B * H, SQ, SK) > 0.4), scale=0.25, mask="opaque", empty_row="uniform")
+@spelling(
+    with_last(cross, lambda: torch.rand(B * H, SQ, SK) > 0.4), scale=0.25, mask="opaque", empty_row="uniform"
+)
 def opaque_boolean_over_folded_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     sim = torch.einsum("b i d, b j d -> b i j", q, k) * 0.25  # CompVis ldm/modules/attention.py
@@ -470,7 +506,11 @@ def bias_of_positions(q: Tensor, k: Tensor, v: Tensor, position_bias: Tensor) ->
 
 @spelling(with_last(mha, lambda: draw(1, H, S, S)), biases=1, mask="causal", differentiable=4)
 def bias_of_positions_and_causal(q: Tensor, k: Tensor, v: Tensor, position_bias: Tensor) -> Tensor:
-    scores = torch.matmul(q, k.transpose(3, 2)) + position_bias + upper(q.shape[2], torch.finfo(q.dtype).min, q.dtype)
+    scores = (
+        torch.matmul(q, k.transpose(3, 2))
+        + position_bias
+        + upper(q.shape[2], torch.finfo(q.dtype).min, q.dtype)
+    )
     return torch.softmax(scores, -1) @ v
 
 
@@ -487,15 +527,19 @@ def alibi_with_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     j = torch.arange(k.shape[2], dtype=q.dtype)
     scores = q @ k.mT * 0.25 + (slopes(H)[:, None, None] * (j - k.shape[2] + 1)[None, None, :])
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
-    return torch.softmax(scores.masked_fill(hidden, torch.finfo(q.dtype).min).float(), -1).to(v.dtype) @ v  # HF mpt
+    return (
+        torch.softmax(scores.masked_fill(hidden, torch.finfo(q.dtype).min).float(), -1).to(v.dtype) @ v
+    )  # HF mpt
 
 
 @spelling(with_last(mha, lambda: draw(B, H, 1, S)), scale=0.25, biases=1, differentiable=4)
 def bias_scaled_with_the_scores(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
-    return functional.softmax((q @ k.mT + alibi) * 0.25, dim=-1, dtype=torch.float32) @ v  # HF falcon
+    return functional.softmax((q @ k.mT + alibi) * 0.25, dim=-1, dtype=q.dtype) @ v  # HF falcon
 
 
-@spelling(with_last(cross, lambda: torch.where(torch.rand(B, 1, SQ, SK) > 0.3, 0.0, NEG_INF)), scale=0.25, biases=1)
+@spelling(
+    with_last(cross, lambda: torch.where(torch.rand(B, 1, SQ, SK) > 0.3, 0.0, NEG_INF)), scale=0.25, biases=1
+)
 def opaque_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.mT
     scores /= 4
@@ -519,7 +563,7 @@ def soft_cap_then_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores + upper(q.shape[2], NEG_INF), -1, dtype=torch.float32).to(q.dtype) @ v
 
 
-@spelling(mha, scale=0.25, softcap=5.0)
+@spelling(mha, softcap=5.0)
 def soft_cap_with_queries_scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q + 0
     q.mul_(0.25)  # google/gemma_pytorch
@@ -542,7 +586,9 @@ def heads_repeated_by_expand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.matmul(q, k.transpose(2, 3)) * D**-0.5
     weights = weights + upper(q.shape[2], torch.finfo(q.dtype).min, q.dtype)[None, None, :, : k.shape[-2]]
     weights = functional.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(functional.dropout(weights, 0.0, training=False), v).transpose(1, 2).contiguous()  # HF llama
+    return (
+        torch.matmul(functional.dropout(weights, 0.0, training=False), v).transpose(1, 2).contiguous()
+    )  # HF llama
 
 
 @spelling(gqa, scale=0.25, share=2)
@@ -610,12 +656,23 @@ def sdpa_with_a_causal_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling(
-    with_last(cross, lambda: torch.rand(B, 1, SQ, SK) > 0.9), scale=D**-0.5, mask="opaque", empty_row="zero", verdict="kept"
+    with_last(cross, lambda: torch.rand(B, 1, SQ, SK) > 0.9),
+    scale=D**-0.5,
+    mask="opaque",
+    empty_row="zero",
+    verdict="kept",
 )
 def sdpa_with_an_opaque_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@spelling(with_last(cross, lambda: draw(H, SQ, SK)), scale=D**-0.5, biases=1, empty_row="zero", verdict="kept", differentiable=4)
+@spelling(
+    with_last(cross, lambda: draw(H, SQ, SK)),
+    scale=D**-0.5,
+    biases=1,
+    empty_row="zero",
+    verdict="kept",
+    differentiable=4,
+)
 def sdpa_with_a_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -45,7 +45,12 @@ def test_it_holds_attnopt_and_nothing_else_on_top(wheel: Path) -> None:
 
 
 def test_every_source_file_is_inside(wheel: Path) -> None:
-    found = (path for name in ("attnopt", "passes", "kernels") for path in (ROOT / name).rglob("*") if path.is_file())
+    found = (
+        path
+        for name in ("attnopt", "passes", "kernels")
+        for path in (ROOT / name).rglob("*")
+        if path.is_file()
+    )
     sources = {path.relative_to(ROOT) for path in found if path.suffix not in {".pyc", ".md"}}
     wanted = {path if path.parts[0] == "attnopt" else Path("attnopt", path) for path in sources}
     assert wanted - {path.relative_to(wheel) for path in wheel.rglob("*")} == set()

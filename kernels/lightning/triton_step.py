@@ -1,6 +1,5 @@
 """One token of linear attention on Triton: the state is read once, decayed, added to, written, and multiplied by q."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,8 +70,3 @@ def _decay_strides(log_decay: Tensor | None) -> tuple[int, int]:
     if log_decay is None:
         return 0, 0
     return (0, log_decay.stride(0)) if log_decay.dim() == 1 else (log_decay.stride(0), log_decay.stride(1))
-
-
-def fits(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes these dtypes and widths."""
-    return q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 1024

@@ -16,7 +16,9 @@ class ReferenceKernel:
     name = "reference"
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
-    reads = frozenset({"scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits", "decay", "normaliser"})
+    reads = frozenset(
+        {"scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits", "decay", "normaliser"}
+    )
 
     def refuse(self, site: SiteMeta) -> str | None:
         """It serves everything; the cost keeps it from being chosen."""
@@ -90,7 +92,9 @@ def _decay(spec: AttentionSpec, scores: Tensor, operands: Mapping[str, Tensor]) 
     log_decay = operands["log_decay"].to(scores.dtype)
     if spec.decay is Decay.PER_HEAD:
         sq, sk = scores.shape[-2:]
-        distance = torch.arange(sq, device=scores.device)[:, None] - torch.arange(sk, device=scores.device)[None, :]
+        distance = (
+            torch.arange(sq, device=scores.device)[:, None] - torch.arange(sk, device=scores.device)[None, :]
+        )
         exponent = log_decay.view(1, -1, 1, 1) * distance
     else:
         total = log_decay.cumsum(-1)

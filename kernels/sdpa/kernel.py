@@ -38,13 +38,16 @@ class SdpaKernel:
     def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         """One call of scaled_dot_product_attention, and what it leaves open: rows that see no key."""
         q, k, v = (operands[name] for name in "qkv")
+        scale = spec.scale
+        if scale <= 0:  # the library multiplies hidden scores, -inf, by it
+            q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
         visible = None if _needs_no_mask(spec) else _visible(spec, q, k, operands)
         mask = _attention_mask(spec, visible, operands)
         out = functional.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
             is_causal=_is_causal_flag(spec),
-            scale=spec.scale,
+            scale=scale,
             enable_gqa=spec.heads.share != 1,
         )  # fmt: skip
         return out if mask is None else _fill_empty(spec, out, mask, v)
@@ -66,7 +69,9 @@ def _visible(spec: AttentionSpec, q: Tensor, k: Tensor, operands: Mapping[str, T
     return spec.mask.visible(i, j, (sq, sk), operands)
 
 
-def _attention_mask(spec: AttentionSpec, visible: Tensor | None, operands: Mapping[str, Tensor]) -> Tensor | None:
+def _attention_mask(
+    spec: AttentionSpec, visible: Tensor | None, operands: Mapping[str, Tensor]
+) -> Tensor | None:
     if not spec.bias:
         return visible
     first, *rest = (_as_float(operands[name], operands["q"].dtype) for name in spec.bias)

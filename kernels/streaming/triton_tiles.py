@@ -173,7 +173,7 @@ def kept(keep_ptr, cols, keep_ss, limit, PADDING: tl.constexpr):
 
 @triton.jit
 def raise_to(x, level, unit, PLAIN: tl.constexpr):
-    """exp2(unit * (x - level)), level one per row; PLAIN as one multiply-add, else exact beside huge levels."""
+    """exp2(unit * (x - level)), level one per row; PLAIN as one multiply-add, else exact where both are large."""
     if PLAIN:
         return tl.exp2(x * unit - level * unit)
     return tl.exp2((x - level) * unit)
@@ -196,7 +196,8 @@ def slope(scores, scale, softcap):
 
 def scalars(problem: Problem) -> dict[str, Any]:
     """Sizes, structure, scale and the optional tensors of a problem, by the names that the kernels give them."""
-    plain = problem.bias is None and problem.softcap is None and problem.sink_logits is None
+    exact = problem.q.element_size() > 2
+    plain = not exact and problem.bias is None and problem.softcap is None and problem.sink_logits is None
     magnitude = abs(problem.scale) or 1.0
     where = problem.reach
     return {

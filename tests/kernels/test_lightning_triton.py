@@ -12,7 +12,7 @@ from oracle import assert_same
 from torch import Tensor
 
 from attnopt.kernels.lightning import chunked, triton_backward, triton_forward, triton_step
-from attnopt.kernels.lightning.op import lightning_attention, lightning_step
+from attnopt.kernels.lightning.op import HALF, lightning_attention, lightning_step
 from attnopt.kernels.lightning.triton_tiles import Tiles, choose_tiles, chunk_rows
 
 HAS_GPU = torch.cuda.is_available()
@@ -66,6 +66,8 @@ def assert_backward(case: Case, device: str, dtype: torch.dtype, tiles: Tiles | 
     low = case.in_rounded(dtype)
     got, eager = backward(low.on(device), tiles), gradients(quadratic, low)
     for name, exact in gradients(recurrence, low.map(Tensor.double)).items():
+        if name == "log_decay" and dtype in HALF:
+            continue  # the operator leaves it to the torch path in these types
         assert_rows(got[name], exact, eager[name], dtype, 3.0, f"d_{name}")
 
 
@@ -160,9 +162,19 @@ def test_the_layout_in_memory_changes_nothing(device, dtype, layout: str) -> Non
     case = make_case(20, batch=1, kv_heads=2, share=1, dv=5).in_rounded(dtype).on(device)
     laid = case.map(lambda x: LAYOUTS[layout](x) if x.dim() > 2 else x)
     tiles = Tiles(16, 16, 2)
-    assert all(map(torch.equal, forward(laid, tiles), forward(case, tiles)))
-    want = backward(case, tiles)
-    assert all(torch.equal(got, want[name]) for name, got in backward(laid, tiles).items())
+    for got, want in zip(forward(laid, tiles), forward(case, tiles), strict=True):
+        assert_unchanged(got, want)
+    plain = backward(case, tiles)
+    for name, got in backward(laid, tiles).items():
+        assert_unchanged(got, plain[name])
+
+
+def assert_unchanged(got: Tensor, want: Tensor) -> None:
+    """The same bits in the interpreter; a compiled kernel is specialised by strides and may sum in another order."""
+    if got.is_cuda:
+        assert_same(got, want.double())
+    else:
+        assert torch.equal(got, want)
 
 
 @everywhere
@@ -218,8 +230,8 @@ def test_prefill_then_steps_are_one_pass(device, dtype, decay: str) -> None:
 def test_state_of_any_layout_is_updated_in_place(device, dtype, layout: str) -> None:
     case = make_case(2, batch=2, kv_heads=2).in_rounded(dtype).on(device)
     plain, laid = case.initial_state.clone(), LAYOUTS[layout](case.initial_state.clone())
-    assert torch.equal(steps(case, laid), steps(case, plain))
-    assert torch.equal(laid, plain)
+    assert_unchanged(steps(case, laid), steps(case, plain))
+    assert_unchanged(laid, plain)
 
 
 # Tiles.
@@ -292,8 +304,11 @@ def attend(case: Case) -> Result:
 def test_the_op_takes_the_kernels_on_a_gpu(device, dtype) -> None:
     case = small_case(100, decay="token").in_rounded(dtype).on(device)
     assert all(map(torch.equal, attend(case), forward(case)))
-    want = backward(case)
-    assert all(torch.equal(got, want[name].to(got.dtype)) for name, got in gradients(attend, case).items())
+    if dtype == torch.float32:  # in half types a learned decay takes the torch path
+        want = backward(case)
+        assert all(
+            torch.equal(got, want[name].to(got.dtype)) for name, got in gradients(attend, case).items()
+        )
     one, state = replace(case, log_decay=None, scale=1.0).rows(0, 1), case.initial_state.clone()
     out = lightning_step(*token(one, 0), state)
     assert torch.equal(out[:, :, None], steps(one, case.initial_state))

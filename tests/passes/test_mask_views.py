@@ -41,6 +41,7 @@ VIEWS = {
     "reshape back": lambda x: grid()[:, None, :, None].reshape(N, M),
     "flatten": lambda x: grid()[:, :1].flatten(),
     "unflatten": lambda x: grid().unflatten(1, (1, M)),
+    "repeat of a number": lambda x: torch.tensor(3).repeat(2, 2),
     "repeat of one": lambda x: grid()[:1].repeat(3, 1),
     "tile of one": lambda x: grid()[:, :1].tile((1, 3)),
     "contiguous and clone": lambda x: grid().t().contiguous().clone(),
@@ -49,6 +50,9 @@ VIEWS = {
     "cat from the end": lambda x: torch.cat([grid()[:, :1], grid(), grid()], dim=-1),
     "pad": lambda x: torch.nn.functional.pad(grid(), (1, 2, 0, 1), value=-7),
     "pad that crops": lambda x: torch.nn.functional.pad(grid(), (-1, 1)),
+    "slice_scatter": lambda x: torch.slice_scatter(grid(), grid()[:, :2] + 100, 1, 2, 4),
+    "slice_scatter up to the end": lambda x: torch.slice_scatter(grid(), grid()[1:3] + 100, 0, -2),
+    "select_scatter": lambda x: torch.select_scatter(grid(), grid()[0] + 100, 0, -1),
     "meshgrid": lambda x: torch.meshgrid(torch.arange(N), torch.arange(M), indexing="ij")[1],
     "meshgrid xy": lambda x: torch.meshgrid(torch.arange(N), torch.arange(M), indexing="xy")[0],
     "unbind": lambda x: grid().unbind(1)[3],
@@ -89,6 +93,7 @@ def test_elements_are_found_at_symbolic_sizes(name):
 
 UNKNOWN = {
     "reshape that merges": lambda x: grid().reshape(N * M),
+    "tile of the last": lambda x: grid()[:, :1].tile(3),
     "repeat of many": lambda x: grid().repeat(2, 1),
     "bits read anew": lambda x: grid().to(torch.int32).view(torch.float32).isnan(),
     "index of unknown sign": lambda x: grid()[torch.arange(4) - 2],
@@ -96,6 +101,7 @@ UNKNOWN = {
     "index by booleans": lambda x: grid()[torch.ones(N, dtype=torch.bool)],
     "index apart": lambda x: grid()[None, :, None, :][torch.arange(1), :, torch.arange(1)],
     "pad by reflection": lambda x: torch.nn.functional.pad(grid().float(), (1, 1), mode="reflect"),
+    "every other row scattered": lambda x: torch.slice_scatter(grid(), grid()[:2] + 100, 0, 0, N, 2),
     "rolled": lambda x: grid().roll(1, 0),
 }
 

@@ -7,7 +7,7 @@ from mask_trace import inputs_of, interpret, results, trace
 from attnopt.passes.mask_formula import Data, NotUnderstood
 from attnopt.passes.mask_reader import index_of
 from attnopt.passes.mask_rules import reader_for
-from attnopt.passes.mask_writes import arguments, operation, writes_after, written_by
+from attnopt.passes.mask_writes import arguments, is_settled, operation, writes_after, written_by
 
 N, M = 4, 5
 
@@ -112,6 +112,23 @@ def test_writes_are_listed_in_order_and_up_to_the_reader():
     assert [operation(w) for w in everything] == ["fill", "fill"]
     assert writes_after(mask, used) == everything[:1]
     assert writes_after(used, None) == []
+
+
+def mask_read(*, before: bool, after: bool):
+    def program(x):
+        mask = torch.ones(N, M).tril()
+        first = mask[1:] + 1 if before else x
+        mask[:, 1].fill_(3)
+        last = mask.t() + 1 if after else x
+        return mask, first, last
+
+    return results(trace(program, torch.ones(2)))[0]
+
+
+def test_a_tensor_is_settled_if_it_is_read_after_all_writes():
+    assert is_settled(mask_read(before=False, after=True))
+    assert not is_settled(mask_read(before=True, after=True))
+    assert not is_settled(mask_read(before=True, after=False))
 
 
 def test_operations_have_one_name_in_place_or_not():

@@ -113,6 +113,22 @@ def test_inputs_that_a_program_changes_are_copied() -> None:
     assert torch.equal(x, torch.zeros(3))
 
 
+def test_graphs_inside_the_graph_have_a_reference_too() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                angle = torch.arange(4, dtype=torch.float32) * 0.3
+            out = torch.cond(x.sum() > 0, lambda a: a.sin().to(torch.float32), lambda a: a.cos(), (x,))
+            return out @ angle
+
+    x = torch.rand(3, 4)
+    program = export(Branch(), (x,))
+    assert any("cond" in str(node.target) for node in program.graph.nodes)
+    (check,) = compare(program, program, (x,), {}, exact=True)
+    assert check.allowance is not None
+    assert check.verdict == "ok"
+
+
 def test_without_a_reference_half_the_digits_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnopt.cli_compare._reference", lambda *_: None)
     old, new, inputs = programs(torch.float32)
