@@ -30,7 +30,7 @@ run: $(INSTALLED) $(WEIGHTS)  ## rewrite SmolLM2-135M, check it, time it, stream
 check: $(INSTALLED)  ## format, lint, types, architecture: under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy attnopt examples benchmarks
+	$(BIN)/mypy attnopt examples
 	$(PYTEST) -q tests/test_architecture.py tests/test_tests.py
 
 test: $(INSTALLED)  ## all tests that need no GPU

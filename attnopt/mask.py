@@ -288,4 +288,4 @@ def _merge(into: Band, part: Mask) -> Band | None:
 
 def _with(into: Band, **changes: object) -> Band:
     fields = {name: getattr(into, name) for name in Band.__slots__}
-    return Band(**{**fields, **changes})  # type: ignore[arg-type]
+    return Band(**{**fields, **changes})

@@ -181,8 +181,8 @@ def _read_one(node: Node, shadow: Shadow, asked: Sequence[Rule]) -> Found | None
         return Found(node, None, clash, sites[0].rule)
     if sites:
         return Found(node, sites[0])
-    reject, name = max(rejects, key=lambda pair: pair[0].depth)
-    return None if reject.depth < 0 else Found(node, None, reject, name)
+    furthest, name = max(rejects, key=lambda pair: pair[0].depth)
+    return None if furthest.depth < 0 else Found(node, None, furthest, name)
 
 
 def describe(site: Site, *, gradient: bool) -> SiteMeta:
@@ -213,7 +213,7 @@ def _draft(site: Site, meta: SiteMeta, choice: policy.Choice) -> SiteReport:
     before = eager_cost(meta)
     after = choice.kernel.cost(replace(meta, spec=choice.spec)) if choice.kernel else None
     return SiteReport(
-        family=site.spec.family, verdict="refused", spec=str(choice.spec), kernel=choice.kernel.name if choice.kernel else None,
+        family=site.spec.family, verdict="refused", spec=str(choice.spec), kernel=getattr(choice.kernel, "name", None),
         exact=choice.exact, reason=choice.reason, nearest_rule=site.rule, bytes_before=before["bytes"],
         flops_before=before["flops"], bytes_after=after.bytes if after else None,
         flops_after=after.flops if after else None, **locate.where(site.root),
@@ -229,8 +229,7 @@ def eager_cost(meta: SiteMeta) -> Mapping[str, float]:
 
 
 def _left_alone(shadow: Shadow, found: Found) -> SiteReport:
-    reject = found.reject
-    assert reject is not None
+    reject = found.reject or Reject("it was not read", found.anchor)
     linear = found.rule.startswith("linear")  # its rule stays silent about products that are no attention
     shaped = linear or locate.is_attention_shaped(shadow, found.anchor)
     family: Family = "linear" if linear else "softmax" if shaped else "other"

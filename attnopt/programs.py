@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from attnopt.approximation import measure
 from attnopt.backend import check_strict, keep, rewrite_graph
-from attnopt.errors import OptionError, UnsupportedError
+from attnopt.errors import UnsupportedError
 from attnopt.options import Options
 from attnopt.report import Report, merge
 
@@ -42,7 +42,7 @@ def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[Exporte
     if chosen.strict:
         check_strict(report)
     signature = _renamed(program.graph_signature, module)
-    return program._update(module, signature), report  # noqa: SLF001 - the only way to keep the program's other parts
+    return program._update(module, signature), report
 
 
 def _copied(module: GraphModule) -> GraphModule:
@@ -82,7 +82,7 @@ def explain(model: Callable[..., Any], *args: Any, options: Settings = None, **k
         return module.forward
 
     before = dict(counters["graph_break"])
-    torch._dynamo.reset()  # noqa: SLF001 - a graph compiled earlier would not be shown again
+    torch._dynamo.reset()
     torch.compile(model, backend=look)(*args, **kwargs)
     breaks = tuple(r.splitlines()[0] for r, n in counters["graph_break"].items() if n > before.get(r, 0))
     report = replace(merge(found), graph_breaks=breaks)

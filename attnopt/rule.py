@@ -1,4 +1,4 @@
-"""What a contributor implements: a Rule reads a graph into a Site, a Kernel computes a spec. Protocols and data only."""
+"""What a contributor implements: a Rule reads a graph into a Site, a Kernel computes a spec. Protocols and data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -136,12 +136,12 @@ class _Recorder(Interpreter):
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:  # noqa: SLF001
+        if target is torch.amp.autocast_mode._enter_autocast:
             # The tracer would only note the call; the region must be in force for values to have their true dtypes.
             self.regions.append(torch.amp.autocast_mode.autocast(*args))
             self.regions[-1].__enter__()
             return self.regions[-1]
-        if target is torch.amp.autocast_mode._exit_autocast:  # noqa: SLF001
+        if target is torch.amp.autocast_mode._exit_autocast:
             self.regions.pop().__exit__(None, None, None)
             return None
         if isinstance(target, HigherOrderOperator):
@@ -215,7 +215,7 @@ def mutates(node: Node) -> bool:
     if node.op != "call_function":
         return False
     schema = getattr(node.target, "_schema", None)
-    return schema is None and not _is_scalar(node) or schema is not None and schema.is_mutable
+    return (schema is None and not _is_scalar(node)) or (schema is not None and schema.is_mutable)
 
 
 def written(node: Node) -> list[Node]:

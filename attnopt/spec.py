@@ -43,7 +43,7 @@ class Normaliser:
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """SparQ's approximation for one query: `rank` channels score all keys, `topk` keys are read, the last `local` always."""
+    """SparQ for one query: `rank` channels score all keys, `topk` keys are read, the last `local` among them always."""
 
     rank: int
     topk: int
@@ -61,7 +61,7 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """One attention site. Operands, by name: q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), and those named here.
+    """One attention site. Operands: q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), and those named here.
 
     softmax:  o = softmax(softcap(scale * q k^T) + bias..., over visible keys) v
     linear:   o = (decay * mask * scale * q k^T) v, divided by the normaliser if there is one
@@ -105,7 +105,7 @@ def unread_fields(spec: AttentionSpec, reads: frozenset[str]) -> tuple[str, ...]
     return tuple(name for name in names if getattr(spec, name) != getattr(plain, name))
 
 
-def _describe(spec: AttentionSpec, name: str) -> str:
+def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901 - one line a field
     value = getattr(spec, name)
     match name, value:
         case "scale", _:

@@ -17,8 +17,8 @@ from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
 from attnopt.mask import And, Causal, First, Mask, Or, Window
 from attnopt.passes import emit
 from attnopt.passes.layout import Axis
-from attnopt.passes.site import Operand
 from attnopt.passes.replay import Replay, normal_form
+from attnopt.passes.site import Operand
 from attnopt.passes.sizes import Concrete, product
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow

@@ -118,7 +118,7 @@ def judge(edit: Edit, kept: dict[Node, Any]) -> str:
 
 
 def row_rule(out: Tensor, eager: Tensor, exact: Tensor) -> str:
-    """ "" if each row of `out` is as near to `exact` (fp64) as twice eager's distance or two roundings, else what is not."""
+    """What is wrong with `out`, or "": each row within twice eager's distance to fp64, or within two roundings."""
     if not torch.equal(torch.isfinite(out), torch.isfinite(exact.to(out.dtype))):
         return "NaN or infinity at other places than the graph's"
     wanted, got, plain = (

@@ -2,8 +2,8 @@
 
     python benchmarks/smollm2_cpu.py [--tokens N] [--repeat N]
 
-Both compile the same eager-spelled model with the same inner compiler; forwards are timed in turns (A, B, A, B, ...), and
-the ratio is taken pair by pair, so that other work on the machine meets both. Writes results/smollm2_cpu.json.
+Both compile the same eager-spelled model with the same inner compiler; forwards are timed in turns (A, B, A, B, ...)
+and the ratio is taken pair by pair, so that other work on the machine meets both. Writes results/smollm2_cpu.json.
 """
 
 import argparse
@@ -28,9 +28,9 @@ BACKENDS = ("inductor", "attnopt")
 
 def compiled(name: str, model: torch.nn.Module, ids: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
     """The compiled model and the seconds of its first call, nothing cached."""
-    torch._dynamo.reset()  # noqa: SLF001 - each backend starts from nothing
+    torch._dynamo.reset()
     function = torch.compile(model, backend=name)
-    with torch._inductor.utils.fresh_cache():  # noqa: SLF001 - a warm cache would compare reading files
+    with torch._inductor.utils.fresh_cache():
         start = time.perf_counter()
         function(ids)
         return function, time.perf_counter() - start

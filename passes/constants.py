@@ -61,7 +61,9 @@ _FIXED = {aten.zeros.default: 0.0, aten.ones.default: 1.0}
 _SAME = frozenset(
     {
         aten.scalar_tensor.default, aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default,
-        aten.to.dtype, aten.to.device, aten._to_copy.default, aten.to.dtype_layout, aten.alias.default, aten.lift_fresh.default, aten.detach_.default,
+        aten.to.dtype, aten.to.device, aten._to_copy.default, aten.to.dtype_layout, aten.alias.default,
+        aten.lift_fresh.default,
+        aten.detach_.default,
     }
 )  # fmt: skip
 _ARITHMETIC: dict[object, Callable[..., float]] = {

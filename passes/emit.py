@@ -1,7 +1,7 @@
 """Brings operands into their canonical layout and the kernel's output back: plain tensor code, traced by `splice`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,8 +46,7 @@ def call(
 
 def result_of(site: Site) -> Result:
     """The layout of the root."""
-    assert isinstance(site.result, Result)
-    return site.result
+    return cast(Result, site.result)
 
 
 def operands(site: Site, spec: AttentionSpec, values: Sequence[Any], sizes: Lengths) -> dict[str, Tensor]:
@@ -65,8 +64,7 @@ def _operand(operand: object, name: str, roles: Roles, held: Mapping[Any, Any], 
         shape = [_merged(axes, sizes) for axes in operand.layout]
         dtype = torch.promote_types(like.dtype, torch.float32)
         return torch.full(shape, operand.value, dtype=dtype, device=like.device)
-    assert isinstance(operand, Operand)
-    return arrange(operand, name, roles, held, sizes)
+    return arrange(cast(Operand, operand), name, roles, held, sizes)
 
 
 def lengths(site: Site, values: Sequence[Any], given: Lengths | None = None) -> Lengths:
@@ -181,8 +179,8 @@ def restore(out: Tensor, result: Result, sizes: Lengths) -> Tensor:
     return out if _is_one_each(result.dims) else out.reshape([_merged(axes, sizes) for axes in result.dims])
 
 
-def _permute(value: Tensor, order: Sequence[int]) -> Tensor:
-    return value if list(order) == sorted(order) else value.permute(order)
+def _permute(value: Tensor, order: list[int]) -> Tensor:
+    return value if order == sorted(order) else value.permute(order)
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

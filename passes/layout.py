@@ -9,6 +9,7 @@ it learns of them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -206,9 +207,9 @@ def _repeat_up(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None
     if node.target == aten.repeat.default:
         source = input_node(node)
         aligned = dims[len(dims) - len(shape_of(source)) :]
-        counts = node.args[1][-len(aligned) :]  # type: ignore[index]
+        counts = cast(Sequence[Any], node.args[1])[-len(aligned) :]
         pairs = zip(aligned, counts, shape_of(source), strict=True)
-        return source, tuple(regroup(space, axes, (n, size), node)[1] for axes, n, size in pairs)  # type: ignore[misc]
+        return source, tuple(regroup(space, axes, (n, size), node)[1] for axes, n, size in pairs)
     if (
         node.target == aten.repeat_interleave.self_int
         and len(node.args) > 2

@@ -74,7 +74,7 @@ def _site(shadow: Shadow, found: Structure) -> Site:
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """o = rest * (weights v) / normaliser(sum of weights), all weights with `scale`; path: what computes the normaliser."""
+    """o = rest * (weights v) / normaliser(sum of weights), weights with `scale`; path: what computes the normaliser."""
 
     weights: Weights
     scale: float

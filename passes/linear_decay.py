@@ -22,7 +22,6 @@ from attnopt.passes.masks import Leaf
 from attnopt.passes.site import Filled, Operand, Roles
 from attnopt.rule import Reject
 
-
 LN2 = log(2.0)
 
 

@@ -31,8 +31,8 @@ from attnopt.passes.mask_formula import (
 )
 from attnopt.passes.mask_numbers import compute, is_constant
 from attnopt.passes.mask_reader import MaskReader, Value, as_condition, as_numbers, index_of
-from attnopt.passes.scores import Fill
 from attnopt.passes.site import Filled, Operand, Roles, flat, peel
+from attnopt.passes.terms import Fill
 from attnopt.rule import Reject
 from attnopt.spec import Decay
 

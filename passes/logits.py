@@ -9,9 +9,9 @@ from torch import Tensor
 from attnopt.mask import FULL, And, KeyPadding, Mask, Opaque, Or
 from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.masks import MaskReading, Role, may_have_empty_rows, read_additive, read_visible
-from attnopt.passes.scores import Fill, Term, held_as
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.sizes import Size, product
+from attnopt.passes.terms import Fill, Term, held_as
 from attnopt.rule import Reject
 from attnopt.spec import EmptyRow
 

@@ -1,4 +1,4 @@
-"""Runs the part of a shadow between a site's operands and its root, in fp64, at the graph's sizes or at smaller ones."""
+"""Runs the part of a shadow between a site's operands and its root, in fp64, at its own or at smaller sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from attnopt.passes.constants import constant
 from attnopt.passes.contraction import Contraction, contraction, label_up
-from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, input_node, step_up
+from attnopt.passes.layout import CASTS, Dims, Space, broadcast_up, input_node, step_up
 from attnopt.passes.sizes import shape_of
+from attnopt.passes.terms import Cast, Fill, Scores, Term
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
@@ -19,67 +20,6 @@ aten = torch.ops.aten
 
 #: A longer chain is no attention that somebody wrote down.
 LONGEST = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """A tensor that is added to the logits (times `factor`), or multiplied onto the scores (`inverse`: divides them)."""
-
-    node: Node
-    dims: Dims
-    factor: float = 1.0
-    inverse: bool = False
-    casts: "tuple[Cast, ...]" = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """The scores are cast to `dtype`, and multiplied by `scale` afterwards."""
-
-    dtype: torch.dtype
-    scale: float
-
-
-def held_as(value: float, casts: "tuple[Cast, ...]") -> float:
-    """A hidden logit, given as it would be without rounding, behind the casts: -inf if it does not fit one of them."""
-    held = (
-        torch.tensor(value / cast.scale, dtype=torch.float64).to(cast.dtype)
-        for cast in casts
-        if cast.scale > 0
-    )
-    return -torch.inf if any(x == -torch.inf for x in held) else value
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """A condition under which a score, held in `dtype`, is replaced by `value`; `hides`: whether True means replaced."""
-
-    node: Node
-    dims: Dims
-    value: float
-    hides: bool
-    dtype: torch.dtype = torch.float32
-    casts: tuple[Cast, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """logits = scale * (q k^T) * factors + terms, after fills.
-
-    rsqrt: axes by the square root of whose length the scores are divided. form: the contraction. path: nodes between.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    terms: tuple[Term, ...] = ()
-    fills: tuple[Fill, ...] = ()
-    factors: tuple[Term, ...] = ()
-    casts: tuple[Cast, ...] = ()
-    path: tuple[Node, ...] = ()
-    rsqrt: Axes = ()
-    form: Contraction | None = None
-    q: Dims = ()
-    k: Dims = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +247,7 @@ def _fill(
     scores: Node,
     condition: Node,
     value: float,
-    hides: bool,
+    hides: bool,  # noqa: FBT001 - which way the condition reads
 ) -> Scores:
     _need_outermost(here, node, "a mask")
     dtype = node.meta["val"].dtype

@@ -8,9 +8,9 @@ from torch.fx import Node
 
 from attnopt.mask import FULL, TOP_LEFT, Causal
 from attnopt.passes.layout import Axes, Dims, Space, broadcast_up
-from attnopt.passes.scores import Fill, Scores, Term
-from attnopt.passes.sizes import is_one, shape_of
+from attnopt.passes.sizes import is_one, same, shape_of
 from attnopt.passes.softmax import Frame, Parts, build
+from attnopt.passes.terms import Fill, Scores, Term
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
 
@@ -48,7 +48,7 @@ def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, 
     q, k, v = (shape_of(call[name]) for name in _NAMES[:3])
     batch: Dims = tuple(space.fresh(size) for size in shape_of(node)[:-2])
     kv_batch = batch
-    if call["enable_gqa"] and len(batch) and k[-3] != q[-3]:
+    if call["enable_gqa"] and batch and not same(k[-3], q[-3]):
         share, kv = _share(space, batch[-1], k[-3], node)
         batch, kv_batch = (*batch[:-1], kv + share), (*batch[:-1], kv)
     i, j, d, dv = space.fresh(q[-2]), space.fresh(k[-2]), space.fresh(q[-1]), space.fresh(v[-1])

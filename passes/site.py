@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.constants import constant
-from attnopt.passes.layout import CASTS, Axes, Dims, Space, input_node, step_up
+from attnopt.passes.layout import CASTS, Axes, Axis, Dims, Space, input_node, step_up
 from attnopt.passes.mask_writes import writes_after
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
@@ -104,15 +104,13 @@ def assign_roles(space: Space, q: Dims, k: Dims, v: Dims, scores: Dims, key: Axe
     query = _query(space, scores, key, alone)
     batch, kv_heads = _batch_and_heads(space, scores, shared)
     known = {*order, *key}
+    if not in_q - known <= in_k:
+        raise Reject(f"queries have {len(in_q)} axes of which some meet no key")
     return Roles(
         batch, kv_heads, tuple(a for a in alone if a not in query), query, key,
         d=tuple(a for a in flat(space, q) if a in in_k and a not in known),
         dv=tuple(a for a in flat(space, v) if a not in known),
-    ) if in_q - known <= in_k else _unpaired(in_q)  # fmt: skip
-
-
-def _unpaired(in_q: set[object]) -> Roles:
-    raise Reject(f"queries have {len(in_q)} axes of which some meet no key")
+    )  # fmt: skip
 
 
 def flat(space: Space, dims: Dims) -> Axes:
@@ -120,7 +118,7 @@ def flat(space: Space, dims: Dims) -> Axes:
     return tuple(a for axes in dims for a in space.leaves(axes))
 
 
-def _query(space: Space, scores: Dims, key: Axes, alone: Sequence[object]) -> Axes:
+def _query(space: Space, scores: Dims, key: Axes, alone: Sequence[Axis]) -> Axes:
     """The query axis: the one beside the keys, of those that keys and values lack; none for a single query."""
     places = [set(space.leaves(axes)) for axes in scores]
     at = next((n for n, place in enumerate(places) if place & set(key)), len(places))
@@ -128,16 +126,16 @@ def _query(space: Space, scores: Dims, key: Axes, alone: Sequence[object]) -> Ax
     if at > 0 and not beside:
         return ()
     candidates = [a for a in beside if a in alone] or list(alone)
-    return tuple(candidates[-1:])  # type: ignore[arg-type]
+    return tuple(candidates[-1:])
 
 
-def _batch_and_heads(space: Space, scores: Dims, shared: Sequence[object]) -> tuple[Axes, Axes]:
+def _batch_and_heads(space: Space, scores: Dims, shared: Sequence[Axis]) -> tuple[Axes, Axes]:
     if len(shared) > 1:
-        return tuple(shared[:-1]), tuple(shared[-1:])  # type: ignore[return-value, arg-type]
+        return tuple(shared[:-1]), tuple(shared[-1:])
     first = space.leaves(scores[0])
     if shared and len(scores) > 3 and shared[0] not in first:
-        return (), tuple(shared)  # type: ignore[arg-type]
-    return tuple(shared), ()  # type: ignore[arg-type]
+        return (), tuple(shared)
+    return tuple(shared), ()
 
 
 def peel(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float]:
@@ -211,7 +209,7 @@ def check_unmutated(operands: Mapping[str, Operand], root: Node) -> None:
 
 def _storage(node: Node) -> int | None:
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)  # noqa: SLF001
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
 
 
 def check_inside(shadow: Shadow, interior: Iterable[Node], root: Node) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch.fx import Node
 
 #: A size: an int, or a sympy expression over the symbols of the graph.
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 def size_of(value: int | torch.SymInt) -> Size:
@@ -63,7 +63,7 @@ def hint(value: int | torch.SymInt, default: int = 128) -> int:
 
 @dataclass(slots=True)
 class Concrete:
-    """Numbers for sizes: `literals` replaces numbers of the graph by smaller ones, `symbols` gives each symbol a value."""
+    """Numbers for sizes: `literals` replaces numbers of the graph by smaller ones, `symbols` values each symbol."""
 
     literals: Mapping[int, int] = field(default_factory=dict)
     symbols: dict[sympy.Symbol, int] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from attnopt.mask import FULL, Mask
 from attnopt.passes.contraction import Contraction
 from attnopt.passes.layout import Dims, Space, input_node
 from attnopt.passes.logits import Logits, LogitsReader
-from attnopt.passes.scores import ScoreReader, Scores, Term
+from attnopt.passes.scores import ScoreReader
 from attnopt.passes.site import (
     Operand,
     Result,
@@ -25,6 +25,7 @@ from attnopt.passes.site import (
     working_dtype,
 )
 from attnopt.passes.sizes import product, shape_of
+from attnopt.passes.terms import Scores, Term
 from attnopt.passes.weights import read_weights
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow

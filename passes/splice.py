@@ -1,4 +1,4 @@
-"""Puts the chosen call into the original graph, in the place of the site's root, and removes what it made unnecessary."""
+"""Puts the chosen call into the original graph in place of the site's root, and removes what became unnecessary."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,7 +14,6 @@ from attnopt.passes.sizes import hint, is_one, same, size_of
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
 from attnopt.spec import AttentionSpec
-
 
 aten = torch.ops.aten
 
@@ -170,13 +169,12 @@ def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Nod
             _keep_provenance(known[node], place)
         elif node.op == "get_attr":
             raise Reject("the kernel call needs a constant tensor", None)
-    made = known[_result(traced)]
-    return made  # type: ignore[no-any-return]
+    return known[_result(traced)]
 
 
 def _result(traced: GraphModule) -> Node:
     output = next(n for n in traced.graph.nodes if n.op == "output")
-    return pytree.tree_leaves(output.args[0])[0]  # type: ignore[no-any-return]
+    return pytree.tree_leaves(output.args[0])[0]
 
 
 def _set_value(node: Node, value: Any) -> None:

@@ -221,7 +221,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, 
 
 
 #: In these types the kernel's form of d log_decay, a difference of two sums, loses what a learned decay needs (relative
-#: error 0.07 to 0.27 on an H200, against 1e-5 in fp32); the torch path computes the gradient in a form without cancellation.
+#: error 0.07 to 0.27 on an H200, against 1e-5 in fp32); the torch path has a form in which nothing cancels.
 HALF = (torch.bfloat16, torch.float16)
 
 

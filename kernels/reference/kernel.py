@@ -31,7 +31,7 @@ class ReferenceKernel:
         return Cost(0.0, 4.0 * s.batch * s.heads * s.sq * s.sk * s.d, efficiency=1e-6)
 
     def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
-        """softmax: softmax(softcap(scale q k^T) + bias, over visible keys) v. linear: (decay * mask * scale q k^T) v."""
+        """softmax: softmax(softcap(scale q k^T) + bias, visible keys) v. linear: (decay * mask * scale q k^T) v."""
         return _softmax(spec, operands) if spec.family == "softmax" else _linear(spec, operands)
 
 

@@ -23,36 +23,6 @@ from attnopt.kernels.streaming.problem import (
 )
 from attnopt.kernels.streaming.reach import Reach, Span
 
-#: Scores in one tile: few enough that the passes of the softmax find them in the cache; on a GPU enough to fill it.
-TILE = 1 << 20
-GPU_TILE = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Some batch items x kv heads x queries, and the key columns that these queries see."""
-
-    batch: slice
-    heads: slice
-    rows: Span
-    sections: tuple[Span, ...]
-
-    @property
-    def queries(self) -> tuple[slice, slice, slice, slice]:
-        """Index into (B, Hkv, G, Sq, ...)."""
-        return (self.batch, self.heads, slice(None), slice(*self.rows))
-
-    @property
-    def columns(self) -> list[tuple[slice, slice]]:
-        """For each section: where it lies among the keys, and where in the tile."""
-        widths = [stop - start for start, stop in self.sections]
-        starts = [sum(widths[:n]) for n in range(len(widths))]
-        return [
-            (slice(*section), slice(start, start + width))
-            for section, start, width in zip(self.sections, starts, widths, strict=True)
-        ]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
     """Inputs in the accumulation dtype: q (B, Hkv, G, Sq, D); k, v (B, Hkv, Sk, .); bias and masks 5-D."""
@@ -95,7 +65,7 @@ def forward(problem: Problem) -> Answer:
     x = _operands(problem)
     o = problem.q.new_zeros((*x.q.shape[:-1], x.v.shape[-1]))
     lse, log_sum = _sums_without_keys(x)
-    for tile in _tiles(x):
+    for tile in tiles(x.q.shape[:4], x.reach, TILE[x.q.device.type == "cuda"]):
         at = tile.queries
         o[at], lse[at], log_sum[at] = _attend(x, tile)
     o, lse, log_sum = (t.flatten(1, 2) for t in (o, lse, log_sum))
@@ -112,7 +82,7 @@ def backward(
     known = (live, row_peak(answer), answer.log_sum, torch.isneginf(answer.lse))
     rows = Rows(*(_grouped(t, kv_heads) for t in known))
     sums = _initial(x, _grouped(live_lse_gradient(answer, dlse), kv_heads), bias_gradient=bias_gradient)
-    for tile in _tiles(x):
+    for tile in tiles(x.q.shape[:4], x.reach, TILE[x.q.device.type == "cuda"]):
         _accumulate(x, tile, rows, sums)
     return Gradients(
         sums.q.mul_(problem.scale).flatten(1, 2).to(problem.q.dtype),
@@ -172,33 +142,6 @@ def _sums_without_keys(x: Operands) -> tuple[Tensor, Tensor]:
     if x.sinks is not None:
         lse = lse.copy_(x.sinks.expand_as(lse))
     return lse, torch.zeros_like(lse)
-
-
-def _tiles(x: Operands) -> Iterator[Tile]:
-    """Blocks of queries, each with as many heads, then batch items, as fit into one tile of scores."""
-    batch, heads, group, rows, _ = x.q.shape
-    most = GPU_TILE if x.q.is_cuda else TILE
-    block = _block(x.reach, group, most)
-    for first in range(0, rows, block):
-        span = (first, min(first + block, rows))
-        sections = tuple(x.reach.sections(span))
-        fit = most // max(1, group * block * sum(stop - start for start, stop in sections))
-        for b in _steps(batch if sections else 0, max(1, fit // max(1, heads))):
-            for h in _steps(heads, max(1, min(heads, fit))):
-                yield Tile(b, h, span, sections)
-
-
-def _block(reach: Reach, group: int, most: int) -> int:
-    """Queries in one block: few beside the keys that each sees, so that few of the touched pairs are hidden ones."""
-    if not reach.windowed:
-        return max(16, min(128, most // max(1, group * reach.columns)))
-    seen = min(reach.columns, reach.upper - reach.lower + reach.head)
-    return max(16, min(64, seen // 4, most // max(1, group * seen)))
-
-
-def _steps(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
 
 
 def _attend(x: Operands, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:

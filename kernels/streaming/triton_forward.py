@@ -13,6 +13,7 @@ from attnopt.kernels.streaming.problem import Answer, Problem, fill_empty_rows
 from attnopt.kernels.streaming.triton_tiles import (
     BY_QUERIES,
     LN2,
+    NUMBERS,
     Tiles,
     kept,
     load_rows,
@@ -64,7 +65,7 @@ def launch(problem: Problem, tiles: Tiles | None = None) -> Answer:
     return Answer(fill_empty_rows(problem, o, lse) if problem.returns_the_mean else o, lse, log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, log_sum_ptr, bias_ptr, mask_ptr, keep_ptr, sink_ptr,
     q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd,

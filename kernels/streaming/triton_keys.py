@@ -10,6 +10,7 @@ import triton.language as tl
 
 from attnopt.kernels._triton import dot, offset
 from attnopt.kernels.streaming.triton_tiles import (
+    NUMBERS,
     kept,
     load_rows,
     logits,
@@ -21,7 +22,7 @@ from attnopt.kernels.streaming.triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, far_dk_ptr, far_dv_ptr, delta_ptr, peak_ptr, tail_ptr,
     bias_ptr, mask_ptr, keep_ptr,
@@ -96,7 +97,7 @@ def keys_kernel(
     store_rows(dv_ptr + done * DV, cols, DV, dv, exists, DV, DV_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def far_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, delta_ptr, peak_ptr, tail_ptr, bias_ptr, mask_ptr, keep_ptr,
     q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,

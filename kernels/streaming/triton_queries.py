@@ -6,6 +6,7 @@ import triton.language as tl
 from attnopt.kernels._triton import dot, offset
 from attnopt.kernels.streaming.triton_tiles import (
     LOG2E,
+    NUMBERS,
     kept,
     load_rows,
     logits,
@@ -44,7 +45,7 @@ def prepare_kernel(
     tl.store(tail_ptr + at, tl.where(empty, float("inf"), tail), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, peak_ptr, tail_ptr, bias_ptr, mask_ptr, keep_ptr,
     q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,

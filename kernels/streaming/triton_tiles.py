@@ -14,6 +14,9 @@ from attnopt.kernels.streaming.problem import Problem
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+#: Numbers that change with the lengths: no kernel is compiled anew because one is 1, or a multiple of 16.
+NUMBERS = ("upper", "lower", "sinks", "prefix", "parts")
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
