@@ -157,7 +157,16 @@ class Found:
 
 
 def read(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
-    """Every anchor of every rule, in the order of the graph; nodes of sub-graphs belong to their own shadow."""
+    """Every anchor of every rule, in the order of the graph; nodes of sub-graphs belong to their own shadow.
+
+    A product inside an attention that was read is no attention of its own, whatever else it looks like.
+    """
+    found = list(_read_all(shadow, rules))
+    inside = {node for f in found if f.site is not None for node in f.site.interior - {f.site.root}}
+    yield from (f for f in found if f.site is not None or f.anchor not in inside)
+
+
+def _read_all(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
     for node in shadow.nodes:
         if node.op != "call_function" or node not in shadow.live or shadow.inlined(node):
             continue

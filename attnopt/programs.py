@@ -16,6 +16,7 @@ from attnopt.backend import check_strict, keep, rewrite_graph
 from attnopt.errors import UnsupportedError
 from attnopt.options import Options
 from attnopt.report import Report, merge
+from attnopt.shadow import CONSTANT
 
 Settings = Mapping[str, object] | Options | None
 
@@ -36,6 +37,7 @@ def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[Exporte
             "(torch.export.export(model, args)), or use torch.compile(model, backend='attnopt')"
         )
     module = _copied(program.graph_module)
+    _mark_constants(module, program)
     plain, edits = rewrite_graph(module, chosen, gradient=False)
     report = measure(plain, edits, program)
     keep(report)
@@ -51,6 +53,14 @@ def _copied(module: GraphModule) -> GraphModule:
     for old, new in zip(module.graph.nodes, copied.graph.nodes, strict=True):
         new.name = old.name
     return copied
+
+
+def _mark_constants(module: GraphModule, program: ExportedProgram) -> None:
+    """Export lifts literals such as `torch.tensor(8.0)` to inputs; readers may look at their values."""
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            node.meta[CONSTANT] = program.constants[lifted[node.name]]
 
 
 def _renamed(signature: ExportGraphSignature, module: GraphModule) -> ExportGraphSignature:

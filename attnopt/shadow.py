@@ -21,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 from attnopt.errors import UnsupportedError
 
+#: Key in the metadata of a graph input whose value is a constant of the program.
+CONSTANT = "attnopt_constant"
+
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
@@ -110,6 +113,7 @@ class _Recorder(Interpreter):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.nodes = list(module.graph.nodes)
         self.traced: list[Node] = []
         self.spec: Any = None
         self.made: dict[Node, list[Node | None]] = {}
@@ -122,7 +126,7 @@ class _Recorder(Interpreter):
         finally:
             while self.regions:
                 self.regions.pop().__exit__(None, None, None)
-        values = [(n, self.env[n]) for n in self.module.graph.nodes if n.op != "output" and n in self.env]
+        values = [(n, self.env[n]) for n in self.nodes if n.op != "output" and n in self.env]
         values = [(n, v) for n, v in values if _is_data(v)]
         self.traced = [n for n, _ in values]
         flat, self.spec = pytree.tree_flatten([v for _, v in values])
@@ -163,9 +167,17 @@ def _link(module: GraphModule, shadow: GraphModule, recorder: _Recorder) -> Shad
     names = {n.name: n for n in module.graph.nodes}
     sources = {n: _source(n, module.graph) for n in shadow.graph.nodes}
     origin = {n: names[name] for n, name in sources.items() if name in names}
+    _copy_constants(module, shadow)
     results = _results(module, outputs)
     order = {n: i for i, n in enumerate(shadow.graph.nodes)}
     return Shadow(module, shadow, value_of, outputs, origin, order, _live(shadow.graph, results), results)
+
+
+def _copy_constants(module: GraphModule, shadow: GraphModule) -> None:
+    placeholders = ([n for n in m.graph.nodes if n.op == "placeholder"] for m in (module, shadow))
+    for original, node in zip(*placeholders, strict=True):
+        if CONSTANT in original.meta:
+            node.meta[CONSTANT] = original.meta[CONSTANT]
 
 
 def _results(module: GraphModule, outputs: Mapping[Node, Any]) -> frozenset[Node]:

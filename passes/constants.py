@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.shadow import CONSTANT
+
 aten = torch.ops.aten
 
 #: A chain longer than this is not a scale that somebody wrote down.
@@ -22,6 +24,9 @@ def constant(value: Any, depth: int = 0) -> float | None:
     made = value.meta.get("val")
     if not isinstance(made, Tensor) or made.dim() > 0:
         return None
+    if value.op == "placeholder":
+        held = value.meta.get(CONSTANT)
+        return None if held is None else float(held)
     if value.op == "get_attr":
         return _attribute(value)
     return _evaluate(value, depth)

@@ -13,7 +13,7 @@ from attnopt.passes import emit
 from attnopt.passes.mask_writes import writes_after
 from attnopt.passes.sizes import Concrete
 from attnopt.rule import Site
-from attnopt.shadow import Shadow
+from attnopt.shadow import CONSTANT, Shadow
 
 aten = torch.ops.aten
 
@@ -128,7 +128,9 @@ def _wide(value: Any) -> Any:
 
 def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
     """An input that no operand stands for, such as a length, or data under a mask that was proven to ignore it."""
-    value = node.meta["val"]
+    value = node.meta.get(CONSTANT, node.meta["val"])
+    if CONSTANT in node.meta:
+        return value.detach().cpu().clone()
     if isinstance(value, torch.SymInt):
         return sizes.of(value)
     if not isinstance(value, Tensor):

@@ -21,7 +21,9 @@ from attnopt.kernels.streaming.problem import (
     row_peak,
     sink_gradient,
 )
-from attnopt.kernels.streaming.reach import Reach, Span
+from attnopt.kernels.streaming.reach import Reach
+from attnopt.kernels.streaming.tiling import GPU_TILE, TILE, Tile, tiles
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
@@ -65,7 +67,7 @@ def forward(problem: Problem) -> Answer:
     x = _operands(problem)
     o = problem.q.new_zeros((*x.q.shape[:-1], x.v.shape[-1]))
     lse, log_sum = _sums_without_keys(x)
-    for tile in tiles(x.q.shape[:4], x.reach, TILE[x.q.device.type == "cuda"]):
+    for tile in _tiles(x):
         at = tile.queries
         o[at], lse[at], log_sum[at] = _attend(x, tile)
     o, lse, log_sum = (t.flatten(1, 2) for t in (o, lse, log_sum))
@@ -82,7 +84,7 @@ def backward(
     known = (live, row_peak(answer), answer.log_sum, torch.isneginf(answer.lse))
     rows = Rows(*(_grouped(t, kv_heads) for t in known))
     sums = _initial(x, _grouped(live_lse_gradient(answer, dlse), kv_heads), bias_gradient=bias_gradient)
-    for tile in tiles(x.q.shape[:4], x.reach, TILE[x.q.device.type == "cuda"]):
+    for tile in _tiles(x):
         _accumulate(x, tile, rows, sums)
     return Gradients(
         sums.q.mul_(problem.scale).flatten(1, 2).to(problem.q.dtype),
@@ -142,6 +144,11 @@ def _sums_without_keys(x: Operands) -> tuple[Tensor, Tensor]:
     if x.sinks is not None:
         lse = lse.copy_(x.sinks.expand_as(lse))
     return lse, torch.zeros_like(lse)
+
+
+def _tiles(x: Operands) -> Iterator[Tile]:
+    batch, kv_heads, group = x.q.shape[:3]
+    return tiles(batch, kv_heads, group, x.reach, GPU_TILE if x.q.is_cuda else TILE)
 
 
 def _attend(x: Operands, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
