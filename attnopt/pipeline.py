@@ -162,7 +162,7 @@ def read(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
     A product inside an attention that was read is no attention of its own, whatever else it looks like.
     """
     found = list(_read_all(shadow, rules))
-    inside = {node for f in found if f.site is not None for node in f.site.interior - {f.site.root}}
+    inside = {node for f in found if f.site is not None for node in {*f.site.interior, f.site.root}}
     yield from (f for f in found if f.site is not None or f.anchor not in inside)
 
 

@@ -51,9 +51,9 @@ def contraction(node: Node) -> Contraction | None:
 def label_up(space: Space, form: Contraction, out: Dims) -> tuple[Dims, Dims]:
     """Labels of both operands from those of the result; summed letters become fresh axes."""
     known = dict(zip(form.out_letters, out, strict=True))
-    for letter, size in zip(form.lhs_letters, shape_of(form.lhs), strict=True):
-        if letter not in known:
-            known[letter] = space.fresh(size)
+    for node, letters in ((form.lhs, form.lhs_letters), (form.rhs, form.rhs_letters)):
+        for letter, size in zip(letters, shape_of(node), strict=True):
+            known[letter] = known.get(letter) or space.fresh(size)  # () where the other operand is broadcast
     return _operand(form.lhs, form.lhs_letters, known), _operand(form.rhs, form.rhs_letters, known)
 
 

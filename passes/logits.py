@@ -121,7 +121,10 @@ class LogitsReader:
 
     def _bias(self, term: Term) -> Operand:
         """What is added, as a number: True counts 1."""
-        dtype = None if term.node.meta["val"].dtype.is_floating_point else torch.float32
+        held = term.node.meta["val"].dtype
+        if any(torch.finfo(cast.dtype).max < torch.finfo(held).max for cast in term.casts if held.is_floating_point):
+            raise Reject("a bias is added before the scores are cast to a type that may not hold it", term.node)
+        dtype = None if held.is_floating_point else torch.float32
         return Operand(term.node, self.space.resolve(term.dims), term.factor, dtype=dtype)
 
     def roles_of(self, dims: Dims) -> tuple[Role | None, ...] | None:

@@ -25,7 +25,7 @@ from attnopt.passes.site import (
     working_dtype,
 )
 from attnopt.passes.sizes import product, shape_of
-from attnopt.passes.terms import Scores, Term
+from attnopt.passes.terms import Cast, Scores, Term
 from attnopt.passes.weights import read_weights
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
@@ -48,7 +48,8 @@ class SoftmaxRule:
         if not key:
             raise Reject("the softmax runs over a single element", anchor)
         weights = read_weights(space, shadow, anchor, dims, key)
-        scores = ScoreReader(space, shadow).read(input_node(anchor), dims, Scores())
+        cast = Cast(anchor.meta["val"].dtype, 1.0)  # softmax(x, dim, dtype) casts x first
+        scores = ScoreReader(space, shadow).read(input_node(anchor), dims, Scores(casts=(cast,)))
         parts = pair(space, scores, weights.value, weights.value_dims, key)
         frame = Frame(
             self.name,
@@ -173,6 +174,8 @@ def _check(
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", frame.root)
     for name in "qkv":
         _check_whole(name, operands[name], roles)
+        if operands[name].node in frame.interior:
+            raise Reject(f"{name} is made from the scores", operands[name].node)
     check_inside(shadow, frame.interior, frame.root)
     check_unmutated(operands, frame.root)
 

@@ -22,15 +22,16 @@ _STRIDED = frozenset(
     {
         aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,
         aten.select.int, aten.alias.default, aten.t.default, aten.mT.default, aten.to.dtype, aten.detach.default,
+        aten.reshape.default, aten.flatten.using_ints,
     }
 )  # fmt: skip
 
 
-#: Operations that fail, or see other elements, on another memory layout.
-_VIEWED = frozenset(
+#: Operations after which the memory layout of their input no longer shows.
+_FORGETFUL = frozenset(
     {
-        aten.view.default, aten.view.dtype, aten.view_as.default, aten._reshape_alias.default, aten.as_strided.default,
-        aten.view_as_complex.default,
+        aten.contiguous.default, aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default,
+        aten.addmm.default, aten.baddbmm.default, aten.einsum.default, aten.cat.default, aten.stack.default,
     }
 )  # fmt: skip
 
@@ -54,7 +55,7 @@ def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -
 def _call_as_laid_out(
     shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run
 ) -> Callable[..., Tensor]:
-    """The call; where its memory layout shows (a `view` follows, or the graph returns it), laid out as the root."""
+    """The call; where its memory layout shows, laid out as the root."""
     if not _shows_layout(shadow, site.root):
         return lambda *values: emit.call(site, spec, run, values)
     order = _memory_order(site.root.meta["val"])
@@ -77,10 +78,13 @@ def _is_laid_out_as(made: Tensor, wanted: Tensor) -> bool:
 
 
 def _shows_layout(shadow: Shadow, node: Node) -> bool:
-    """Whether the value, or a permutation of it, is viewed without a copy in between, or leaves the graph."""
+    """Whether the value, or a view of it, leaves the graph or meets an operation that may see its layout.
+
+    A `view` may; and what works element by element does, since its result is laid out alike.
+    """
+    users = [user for user in shadow.users(node) if user.target not in _FORGETFUL]
     return node in shadow.results or any(
-        user.target in _VIEWED or (user.target in _STRIDED and _shows_layout(shadow, user))
-        for user in node.users
+        user.target not in _STRIDED or _shows_layout(shadow, user) for user in users
     )
 
 

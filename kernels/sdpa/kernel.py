@@ -50,7 +50,13 @@ class SdpaKernel:
             scale=scale,
             enable_gqa=spec.heads.share != 1,
         )  # fmt: skip
-        return out if mask is None else _fill_empty(spec, out, mask, v)
+        out = out if mask is None else _fill_empty(spec, out, mask, v)
+        return _spoilt(out, q) if q.device.type == "cpu" else out
+
+
+def _spoilt(out: Tensor, q: Tensor) -> Tensor:
+    """NaN where the query has NaN or infinity, as softmax gives; the library's CPU kernel may give zeros there."""
+    return torch.where(q.isfinite().all(-1, keepdim=True), out, float("nan"))
 
 
 def _is_causal_flag(spec: AttentionSpec) -> bool:
