@@ -96,7 +96,14 @@ def _prove(found: Structure, ending: Ending, roles: Roles) -> Proven:
         raise Reject(
             "what the output is divided by sums other weights than those of the values", divisor.sum.node, 2
         )
-    rest = weights.scale / (summed.scale * divisor.factor)
+    below = summed.scale * divisor.factor
+    if below == 0 or not isfinite(divisor.eps):
+        raise Reject(
+            f"the output is divided by {below:g} times the sum of the weights, plus {divisor.eps:g}",
+            ending.root,
+            2,
+        )
+    rest = weights.scale / below
     # Equal but for the order in which the factors were multiplied.
     rest = 1.0 if isclose(rest, 1.0, rel_tol=1e-12) else rest
     path = (*divisor.path, *total.weighting.path)
@@ -158,12 +165,13 @@ def _spec(r: _Reading) -> AttentionSpec:
 
 
 def _dependent(r: _Reading) -> list[Node]:
-    """Nodes of the normaliser that take the weights: they go with them."""
+    """Nodes beside the way from Q K^T to the output that take the weights, such as those of the normaliser."""
+    beside = {*r.proven.path, *r.found.weighting.beside}
     inside = {*r.found.weighting.path, *r.ending.path}
-    for node in sorted(set(r.proven.path)):
+    for node in sorted(beside):
         if inside.intersection(node.all_input_nodes):
             inside.add(node)
-    return [node for node in r.proven.path if node in inside]
+    return [node for node in beside if node in inside]
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Walks upwards from an operand of a product to another product: what multiplies, divides or zeroes it on the way."""
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -15,8 +16,8 @@ from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.sizes import shape_of
 from attnopt.rule import Reject
 
-#: More nodes than anybody puts between two products of one attention.
-LONGEST = 24
+#: More nodes than anybody puts between and beside two products of one attention.
+LARGEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Triangle:
 class Weighting:
     """value = scale * (product of tensors) * factors / divisors, and 0 where a gate or a triangle says so.
 
-    strange: what was met on the way that no linear attention has, as (reason, node).
+    path: the nodes that do all this. beside: nodes that make the zeros. strange: what was met on the way that no linear
+    attention has, as (reason, node).
     """
 
     scale: float = 1.0
@@ -55,6 +57,7 @@ class Weighting:
     gates: tuple[Gate, ...] = ()
     triangles: tuple[Triangle, ...] = ()
     path: tuple[Node, ...] = ()
+    beside: tuple[Node, ...] = ()
     strange: tuple[tuple[str, Node], ...] = ()
 
     def times(self, number: float) -> "Weighting":
@@ -101,9 +104,9 @@ def _first(space: Space, steps: "list[Step]", here: Weighting) -> Chain:
 
 def leads_to_product(node: Node) -> bool:
     """Whether a product stands above, with nothing in between but what the walk may pass."""
-    pending, seen = [node], {node}
-    while pending and len(seen) <= LONGEST:
-        at = pending.pop()
+    pending, seen = deque([node]), {node}
+    while pending and len(seen) <= LARGEST:
+        at = pending.popleft()
         if product_of(at) is not None:
             return True
         if at.op != "call_function" or not isinstance(at.meta.get("val"), Tensor):
@@ -210,10 +213,8 @@ def _gate(condition: Node, dims: Dims, user: Node, *, hides: bool) -> Gate:
 def _gated(value: Any, gate: Gate, filled: Any, dims: Dims) -> list[Step]:
     if not is_zero(filled):
         return []
-    beside = (
-        (filled,) if isinstance(filled, Node) else ()
-    )  # zeros_like(scores) uses the scores, though not their values
-    return _on(value, dims, lambda w: replace(w, gates=(*w.gates, gate), path=(*w.path, *beside)))
+    beside = (filled,) if isinstance(filled, Node) else ()
+    return _on(value, dims, lambda w: replace(w, gates=(*w.gates, gate), beside=(*w.beside, *beside)))
 
 
 def is_zero(given: Any) -> bool:

@@ -32,7 +32,7 @@ class RowSum:
         a, b = self.weighting, other.weighting
         both = Weighting(
             a.scale * b.scale, a.factors + b.factors, a.divisors + b.divisors, a.gates + b.gates,
-            a.triangles + b.triangles, a.path + b.path, a.strange + b.strange,
+            a.triangles + b.triangles, a.path + b.path, a.beside + b.beside, a.strange + b.strange,
         )  # fmt: skip
         return RowSum(self.ends + other.ends, self.summed + other.summed, both)
 
@@ -83,9 +83,9 @@ class SumReader:
                 return self._sum(node, dims, held, depth)
             case "cumsum":
                 return self._running(node, dims, held, depth)
-            case "mul" if all(isinstance(held[name], Node) for name in ("self", "other")):
-                return self._all((end_of(held[name], dims, node) for name in ("self", "other")), depth)
         steps = steps_of(node, dims)
+        if operation(node) == "mul" and len(steps) == 2:
+            return self._all((end_of(held[name], dims, node) for name in ("self", "other")), depth)
         if len(steps) != 1 or operation(node) in STRANGE:
             raise Reject("what the output is divided by is no sum of weights", node, 1)
         found = self.read(End(steps[0].node, steps[0].dims, node), depth)
@@ -177,6 +177,7 @@ def _renamed(space: Space, found: Weighting, names: dict[Axis, Axis]) -> Weighti
     return replace(
         found,
         factors=tuple(replace(f, dims=all_of(f.dims)) for f in found.factors),
+        divisors=tuple(replace(d, dims=all_of(d.dims)) for d in found.divisors),
         gates=tuple(replace(g, dims=all_of(g.dims)) for g in found.gates),
         triangles=tuple(replace(t, rows=rename(t.rows), columns=rename(t.columns)) for t in found.triangles),
     )

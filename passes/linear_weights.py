@@ -122,7 +122,7 @@ class WeightsReader:
         """The product of everything that weighs pairs of positions, as a constant and a decay on a mask."""
         try:
             reader, cases = self._elements(pairs, found)
-            factor, cases = _without_constant(cases)
+            factor, cases = _without_constant(reader.logic.lift(_vanished, cases))
             reading = decay_of(reader, cases)
         except NotUnderstood:
             reading = None
@@ -183,6 +183,16 @@ def _product(a: Number, b: Number) -> Number:
     if ZERO in (a, b):
         return ZERO
     return b if a == ONE else a if b == ONE else compute("mul", a, b)
+
+
+def _vanished(leaf: Number) -> Number:
+    """exp(x - inf) as 0: whatever x, it is that or not finite."""
+    match leaf:
+        case Call("exp", (Call("add", (left, right)),)) if -inf in (left, right):
+            return ZERO
+        case Call("exp", (Call("sub", (left, _)),)) if left == -inf:
+            return ZERO
+    return leaf
 
 
 def _without_constant(cases: Cases) -> tuple[float, Cases]:

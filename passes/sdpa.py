@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from attnopt.mask import FULL, TOP_LEFT, Causal
 from attnopt.passes.layout import Axes, Dims, Space, broadcast_up
-from attnopt.passes.sizes import is_one, same, shape_of
+from attnopt.passes.sizes import Size, is_one, product, same, shape_of
 from attnopt.passes.softmax import Frame, Parts, build
 from attnopt.passes.terms import Fill, Scores, Term
 from attnopt.rule import Reject, Site
@@ -55,12 +55,20 @@ def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, 
     if not j:
         raise Reject("attention to a single key", node)
     return (
-        broadcast_up((*batch, i, d), q),
-        broadcast_up((*kv_batch, j, d), k),
-        broadcast_up((*kv_batch, j, dv), v),
+        _fitted(space, broadcast_up((*batch, i, d), q), q, node),
+        _fitted(space, broadcast_up((*kv_batch, j, d), k), k, node),
+        _fitted(space, broadcast_up((*kv_batch, j, dv), v), v, node),
         (*batch, i, j),
         (*batch, i, dv),
     )
+
+
+def _fitted(space: Space, dims: Dims, shape: tuple[Size, ...], node: Node) -> Dims:
+    """`dims`, if they have these sizes: the library does not check that there are as many values as keys."""
+    for axes, size in zip(dims, shape, strict=True):
+        if not same(product(a.size for a in space.leaves(axes)), size):
+            raise Reject("queries, keys and values do not fit together", node)
+    return dims
 
 
 def _share(space: Space, heads: Axes, kv_heads: Any, node: Node) -> tuple[Axes, Axes]:

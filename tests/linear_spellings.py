@@ -212,6 +212,12 @@ def exp_of_what_was_filled(q, k, v, slope):
     return weights.to(v.dtype) @ v
 
 
+@spelling("scale=1 causal decay per head")  # Press et al. 2022, arXiv:2108.12409, taken as weights
+def exp_of_a_mask_and_a_slope(q, k, v, slope):
+    hidden = torch.full((q.shape[2], q.shape[2]), float("-inf"), device=q.device).triu(1)
+    return (scores(q, k) * torch.exp(hidden - distance(q).abs() * slope[:, None, None])) @ v
+
+
 @spelling("scale=1 causal decay per head")
 def logarithm_times_the_length_of_the_way(q, k, v, base):
     return torch.tril(scores(q, k) * torch.exp(torch.log(base)[:, None, None] * distance(q).abs())) @ v
@@ -371,3 +377,18 @@ def divided_by_something_else_that_stays(q, k, v, _):
     total = q @ k.sum(-2).unsqueeze(-1)
     total.clamp_(min=1)
     return (q @ (k.mT @ v)) / total
+
+
+@spelling("scale=0.5 causal normalised(eps=1e-05, floor=None)")
+def output_divided_in_place(q, k, v, _):
+    weights = scores(q.sigmoid(), k.sigmoid()).tril() * torch.tensor(0.5, device=q.device)
+    out = weights @ v
+    out /= weights.sum(-1, keepdim=True) + 1e-5
+    return out
+
+
+@spelling("scale=1 causal")
+def one_tensor_of_zeros_for_two(q, k, v, _):
+    zeros = torch.zeros(1, 1, device=q.device, dtype=q.dtype)
+    first = torch.where(causal(q), scores(q, k), zeros) @ v
+    return first + zeros.sum()

@@ -206,6 +206,17 @@ def test_empty_rows_return_what_they_mean(meaning: str, extra: str) -> None:
     assert_close(run(c)[blind], want[blind])
 
 
+def test_the_mean_of_an_empty_row_passes_its_gradient_to_all_values() -> None:
+    structure = Structure(offset=-4, window=6)
+    c = call(sq=30, sk=30, group=2, structure=structure, empty_row="uniform").to(torch.float64)
+    do = torch.randn(2, 4, 30, 16, dtype=torch.float64)
+    for got, want in zip(gradients(c, do), plain_gradients(c, do), strict=True):
+        assert_close(got, want)
+    alone = torch.where(torch.arange(30)[:, None] < 4, do, 0.0)
+    share = alone.sum(2).unflatten(1, (2, 2)).sum(2) / 30
+    assert_close(gradients(c, alone)[2], share[:, :, None].expand(2, 2, 30, 16))
+
+
 @pytest.mark.parametrize("meaning", ["nan", "zero", "uniform"])
 def test_whatever_arrives_at_empty_rows_spoils_no_gradient(meaning: str) -> None:
     c = call(sq=20, sk=20, structure=Structure(offset=-6), empty_row=meaning).to(torch.float64)

@@ -49,6 +49,8 @@ STRUCTURES = [
     Structure(),
     Structure(offset=0),
     Structure(offset=-9),
+    Structure(offset=14),  # one short of a tile: full and partial tiles meet at the last key that is seen
+    Structure(offset=0, window=31),  # the same for the window
     Structure(offset=5, prefix=20),
     Structure(offset=0, window=1),
     Structure(offset=0, window=17, sinks=3),
@@ -180,6 +182,15 @@ def test_any_tiles_give_the_same(tiles: Tiles) -> None:
     assert torch.allclose(forward(c, tiles).o, forward(c).o, atol=1e-5)
     for x, y in zip(given_back(backward(c, do, tiles)), given_back(backward(c, do)), strict=True):
         assert torch.allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_gradients_agree_with_the_torch_path_in_every_structure(structure: Structure) -> None:
+    c = call(sq=50, sk=40, structure=structure, empty_row="zero", **SINGLE).to(DEVICE)
+    do = torch.randn_like(c.q)
+    want = chunked.backward(c.problem, chunked.forward(c.problem), do, None, bias_gradient=False)
+    for x, y in zip(given_back(backward(c, do)), given_back(want), strict=True):
+        assert torch.allclose(x, y, atol=1e-5)
 
 
 def test_far_sinks_are_summed_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
