@@ -161,6 +161,8 @@ def is_copy(node: Node) -> bool:
     """Whether the node hands its first argument on unchanged: a clone, a cast to the same dtype, dropout in eval."""
     if node.target in COPIES:
         return True
+    if node.target == aten.repeat.default:
+        return _same_shape(shape_of(node), shape_of(input_node(node)))
     if node.target in DROPOUTS:
         return dropout_rate(node) == 0.0
     return node.target in CASTS and node.meta["val"].dtype == input_node(node).meta["val"].dtype

@@ -64,9 +64,10 @@ def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, 
 
 
 def _fitted(space: Space, dims: Dims, shape: tuple[Size, ...], node: Node) -> Dims:
-    """`dims`, if they have these sizes: the library does not check that there are as many values as keys."""
+    """`dims`, unless they have other sizes for certain: the library does not check that there is a value for each key."""
     for axes, size in zip(dims, shape, strict=True):
-        if not same(product(a.size for a in space.leaves(axes)), size):
+        wanted = product(a.size for a in space.leaves(axes))
+        if isinstance(wanted, int) and isinstance(size, int) and wanted != size:
             raise Reject("queries, keys and values do not fit together", node)
     return dims
 
