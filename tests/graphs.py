@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.backend import attnopt, reports
 from attnopt.pipeline import Found, read
 from attnopt.registry import rules
 from attnopt.rule import Reject, Site
@@ -61,3 +62,11 @@ def reject_of(function: Function, *inputs: Any, dynamic: bool = False) -> Reject
 def nodes_of(module: GraphModule, target: object) -> list[Node]:
     """The nodes that call `target`, in order."""
     return [node for node in module.graph.nodes if node.target == target]
+
+
+def rewritten(function: Function, *inputs: Any, **options: object) -> Function:
+    """`function`, traced for these inputs, with its attention replaced; nothing else is compiled."""
+    module = aten_graph(function, *inputs)
+    run = attnopt(module, list(inputs), options={"inner": "eager", **options})
+    assert reports()[-1].warnings == ()
+    return run

@@ -197,7 +197,8 @@ def cast(graph: Graph, choose: Choose) -> None:
 
 def left_out(graph: Graph, choose: Choose) -> None:
     """An operation is left out: its first tensor takes its place."""
-    node = _pick([n for n in _calls(graph) if n.args and isinstance(n.args[0], Node)], choose)
+    sources = ((n, n.args[0]) for n in _calls(graph) if n.args)
+    node = _pick([n for n, source in sources if isinstance(source, Node) and source.op != "get_attr"], choose)
     node.replace_all_uses_with(node.args[0])
     graph.erase_node(node)
 
