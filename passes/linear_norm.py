@@ -12,6 +12,7 @@ from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Dims, Space, step_up
 from attnopt.passes.linear_product import End
 from attnopt.passes.mask_writes import arguments, operation
+from attnopt.rule import Reject
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ def _step(space: Space, node: Node, dims: Dims, found: Divisor) -> tuple[Node, D
         return None
     if node.target in CASTS and node.meta["val"].dtype.is_floating_point:
         return node.args[0], dims, found  # type: ignore[return-value]
-    moved = step_up(space, node, dims)
+    try:
+        moved = step_up(space, node, dims)
+    except Reject:
+        return None
     if moved is not None:
         return *moved, found
     read = _SURROUNDINGS.get(operation(node))
@@ -84,7 +88,8 @@ Inner = tuple[Node, Divisor]
 
 def _sides(held: Mapping[str, Any]) -> list[tuple[Node, float]]:
     """An operation on a tensor and a constant, whichever comes first."""
-    pairs = [(held["self"], constant(held["other"])), (held["other"], constant(held["self"]))]
+    left, right = held["self"], held.get("other")  # torch.max along a dimension has no other
+    pairs = [(left, constant(right)), (right, constant(left))]
     return [(tensor, number) for tensor, number in pairs if isinstance(tensor, Node) and number is not None]
 
 

@@ -122,8 +122,14 @@ class LogitsReader:
     def _bias(self, term: Term) -> Operand:
         """What is added, as a number: True counts 1."""
         held = term.node.meta["val"].dtype
-        if any(torch.finfo(cast.dtype).max < torch.finfo(held).max for cast in term.casts if held.is_floating_point):
-            raise Reject("a bias is added before the scores are cast to a type that may not hold it", term.node)
+        if any(
+            torch.finfo(cast.dtype).max < torch.finfo(held).max
+            for cast in term.casts
+            if held.is_floating_point
+        ):
+            raise Reject(
+                "a bias is added before the scores are cast to a type that may not hold it", term.node
+            )
         dtype = None if held.is_floating_point else torch.float32
         return Operand(term.node, self.space.resolve(term.dims), term.factor, dtype=dtype)
 

@@ -1,6 +1,6 @@
 """Random softmax attention: what is computed (`Meaning`) apart from how it is written down (`Writing`)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
@@ -36,7 +36,7 @@ class Meaning:
             (self.batch, self.kv_heads, self.sk, self.dv),
             (heads, self.sq, self.sk),
         )
-        q, k, v, bias = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+        q, k, v, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         keep = torch.rand(self.batch, self.sk, generator=generator) > 0.3
         return q, k, v, keep, bias
 
@@ -193,7 +193,3 @@ def writings(**fixed: object) -> st.SearchStrategy[Writing]:
 def plainly(meaning: Meaning) -> Attention:
     """The attention written in the plainest way."""
     return Attention(meaning)
-
-
-def without_noise(writing: Writing) -> Writing:
-    return replace(writing, noise=())

@@ -40,7 +40,7 @@ def tiles(batch: int, heads: int, group: int, reach: Reach, most: int) -> Iterat
 
     group: query heads to a kv head. Queries that see no key at all are in no tile.
     """
-    block = _block(reach, group, most)
+    block = _block(reach, group, batch * heads * group, most)
     for first in range(0, reach.rows, block):
         span = (first, min(first + block, reach.rows))
         sections = tuple(reach.sections(span))
@@ -50,12 +50,14 @@ def tiles(batch: int, heads: int, group: int, reach: Reach, most: int) -> Iterat
                 yield Tile(b, h, span, sections)
 
 
-def _block(reach: Reach, group: int, most: int) -> int:
-    """Queries in one block: few beside the keys that each sees, so that few of the touched pairs are hidden ones."""
-    if not reach.windowed:
-        return max(16, min(128, most // max(1, group * reach.columns)))
-    seen = min(reach.columns, reach.upper - reach.lower + reach.head)
-    return max(16, min(64, seen // 4, most // max(1, group * seen)))
+def _block(reach: Reach, group: int, heads: int, most: int) -> int:
+    """Queries in one block. Long ones touch more hidden pairs, short ones take more steps; with many heads in a step
+    (`heads`, over the whole batch) steps cost less. Measured by benchmarks/streaming_cpu.py.
+    """
+    seen = reach.columns
+    if reach.windowed:
+        seen = min(seen, reach.upper - reach.lower + reach.head)
+    return max(16, min(128 if heads < 32 or not reach.windowed else 64, most // max(1, group * seen)))
 
 
 def _steps(size: int, step: int) -> Iterator[slice]:

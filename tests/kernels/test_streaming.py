@@ -387,7 +387,7 @@ def test_work_grows_with_the_window_not_with_the_square() -> None:
         with FlopCounterMode(display=False) as counter:
             chunked.forward(c.problem)
         flops.append(counter.get_total_flops() / n)
-    assert max(flops) <= 4 * 8 * 104 * 1.4
+    assert max(flops) <= 4 * 8 * (104 + 128)  # a block of 128 queries touches as many keys more
     assert max(flops) <= min(flops) * 1.1
 
 
@@ -396,7 +396,9 @@ def test_work_grows_with_the_window_not_with_the_square() -> None:
 
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 @pytest.mark.parametrize(
-    "extras", [frozenset(), frozenset({"bias", "padding", "sinks"}), frozenset({"mask"})], ids=str
+    "extras",
+    [frozenset(), frozenset({"bias", "padding", "sinks"}), frozenset({"mask"})],
+    ids=lambda names: "-".join(sorted(names)) or "none" if isinstance(names, frozenset) else None,
 )
 def test_the_op_is_well_formed(layout: str, extras: frozenset[str]) -> None:
     c = call(sq=9, sk=11, group=2, layout=layout, structure=STREAM, extras=extras, empty_row="zero")

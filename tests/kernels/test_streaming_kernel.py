@@ -135,7 +135,7 @@ def test_it_keeps_to_the_protocol() -> None:
         (Causal() & Window(256), KERNEL),
         (STREAM, KERNEL),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_the_estimate_prefers_it_where_blocks_are_skipped(mask: Mask, cheaper: Kernel) -> None:
     there = long_site(mask, 4096)

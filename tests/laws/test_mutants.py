@@ -51,7 +51,9 @@ def works_in_less_than_double(module: GraphModule) -> bool:
     made = (node.meta.get("val") for node in module.graph.nodes)
     written = " ".join(f"{node.args} {node.kwargs}" for node in module.graph.nodes)
     narrow = {torch.float32, torch.bfloat16, torch.float16}
-    return any(isinstance(x, Tensor) and x.dtype in narrow for x in made) or bool(re.search("float(16|32)", written))
+    return any(isinstance(x, Tensor) and x.dtype in narrow for x in made) or bool(
+        re.search("float(16|32)", written)
+    )
 
 
 def assert_same_outputs(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
@@ -72,7 +74,9 @@ def assert_same_outputs(got: Sequence[Tensor], wanted: Sequence[Tensor], toleran
     operators=st.lists(st.sampled_from(sorted(OPERATORS)), min_size=1, max_size=3),
     seed=st.integers(0, 2**32),
 )
-def test_a_mutant_is_left_alone_or_computed_right(kernel: str, name: str, operators: list[str], seed: int) -> None:
+def test_a_mutant_is_left_alone_or_computed_right(
+    kernel: str, name: str, operators: list[str], seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     mutant = copy.deepcopy(graph_of(name))
     try:

@@ -51,7 +51,11 @@ def test_a_mask_may_be_added_filled_or_chosen(meaning: Meaning, by: str) -> None
     assert_reads_alike(plainly(meaning), Attention(meaning, Writing(mask_by=by)))
 
 
-@given(meaning=meanings, noise=st.sampled_from(sorted(NOISE)), place=st.sampled_from(["q", "k", "v", "scores", "weights"]))
+@given(
+    meaning=meanings,
+    noise=st.sampled_from(sorted(NOISE)),
+    place=st.sampled_from(["q", "k", "v", "scores", "weights"]),
+)
 def test_what_does_nothing_changes_nothing(meaning: Meaning, noise: str, place: str) -> None:
     assert_reads_alike(plainly(meaning), Attention(meaning, Writing(noise=((place, noise),))))
 

@@ -1,0 +1,95 @@
+"""Between Q K^T and the softmax: scales, casts, caps and masks in any order that has one meaning."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from compiling import check_like_eager
+from graphs import reject_of, site_of
+from torch import Tensor
+
+from attnopt.mask import Causal
+from attnopt.passes.site import Operand
+
+Q, K, V = torch.randn(3, 2, 3, 7, 4).unbind()
+BIAS = torch.randn(7, 7)
+
+
+def attention(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Softmax attention with `change`, which may take further inputs, between the product and the softmax."""
+    return lambda q, k, v, *more: change(q @ k.transpose(-2, -1), *more).softmax(-1) @ v
+
+
+def hidden(scores: Tensor) -> Tensor:
+    return scores.masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -torch.inf)
+
+
+def capped(scores: Tensor) -> Tensor:
+    return 5.0 * torch.tanh(scores / 5.0)
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        attention(lambda s: s * 0.25),
+        attention(lambda s: s / 4),
+        attention(lambda s: -(s * -0.5) * 0.5),
+        attention(lambda s: 3.0 + s * 0.25),
+        lambda q, k, v: (q * 0.25 @ k.transpose(-2, -1)).softmax(-1) @ v,
+        lambda q, k, v: (q * 0.5 @ (k / 2).transpose(-2, -1)).softmax(-1) @ v,
+    ],
+)
+def test_a_scale_means_the_same_wherever_it_stands(attend: Callable[..., Tensor]) -> None:
+    site = site_of(attend, Q, K, V)
+    factors = [site.operands[name].factor for name in "qk" if isinstance(site.operands[name], Operand)]
+    assert site.spec.scale * factors[0] * factors[1] == pytest.approx(0.25, rel=1e-15)
+    (report,) = check_like_eager(attend, (Q, K, V)).attention
+    assert report.error is not None
+    assert report.error <= 1e-9
+
+
+def test_a_soft_cap_is_read_with_the_scale_inside_it() -> None:
+    spec = site_of(attention(lambda s: capped(s * 0.5)), Q, K, V).spec
+    assert (spec.softcap, spec.scale) == (pytest.approx(5.0), pytest.approx(0.5))
+
+
+def test_a_mask_outside_a_cap_is_read() -> None:
+    spec = site_of(attention(lambda s: hidden(capped(s))), Q, K, V).spec
+    assert (spec.softcap, spec.mask) == (pytest.approx(5.0), Causal())
+
+
+def test_a_mask_inside_a_cap_is_refused() -> None:
+    assert "a mask inside a soft cap" in reject_of(attention(lambda s: capped(hidden(s))), Q, K, V).reason
+
+
+def test_a_bias_inside_a_cap_is_refused() -> None:
+    reject = reject_of(attention(lambda s, bias: capped(s + bias)), Q, K, V, BIAS)
+    assert "a bias inside a soft cap" in reject.reason
+
+
+def test_a_tensor_scales_the_queries_unless_a_bias_stands_inside() -> None:
+    scale = torch.rand(3, 1, 1)
+    assert site_of(attention(lambda s, t: s * t), Q, K, V, scale).spec.bias == ()
+    inside = reject_of(attention(lambda s, t, bias: (s + bias) * t), Q, K, V, scale, BIAS)
+    assert "a bias inside a scale that is a tensor" in inside.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s / 0, "divided by zero"),
+        (lambda s: torch.div(s, 2, rounding_mode="floor"), "divided with rounding"),
+        (lambda s: s.sin(), "is not understood"),
+        (lambda s: s + torch.inf, "infinite constant"),
+    ],
+)
+def test_what_is_no_scale_is_refused(change: Callable[[Tensor], Tensor], reason: str) -> None:
+    assert reason in reject_of(attention(change), Q, K, V).reason
+
+
+def test_an_inner_value_that_is_also_used_elsewhere_is_refused() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.transpose(-2, -1)
+        return (scores * 0.5).softmax(-1) @ v, scores.sum()
+
+    assert "is also used by" in reject_of(attend, Q, K, V).reason
