@@ -162,8 +162,17 @@ def read(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
     A product inside an attention that was read is no attention of its own, whatever else it looks like.
     """
     found = list(_read_all(shadow, rules))
-    inside = {node for f in found if f.site is not None for node in {*f.site.interior, f.site.root}}
-    yield from (f for f in found if f.site is not None or f.anchor not in inside)
+    softmax = [f.site for f in found if f.site is not None and f.site.spec.family == "softmax"]
+    inside = {node for site in softmax for node in (*site.interior, site.root)}
+    yield from (f for f in found if _is_softmax(f) or not _nodes(f) & inside)
+
+
+def _is_softmax(found: "Found") -> bool:
+    return found.site is not None and found.site.spec.family == "softmax"
+
+
+def _nodes(found: "Found") -> set[Node]:
+    return {found.anchor} if found.site is None else {*found.site.interior, found.site.root}
 
 
 def _read_all(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:

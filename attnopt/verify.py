@@ -182,7 +182,7 @@ def _value(
         return 0.37
     shape = [int(product(lengths[a] for a in axes)) for axes in operand.dims]
     if made.dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < (0.15 if family is empty_rows else 0.7)
+        return _booleans(shape, family, generator, hides=operand.negated)
     if not made.dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator)
     value = family(shape, generator)
@@ -193,6 +193,16 @@ def _decaying(operand: Operand, value: Tensor) -> Tensor:
     """Values that make `operand`, a log decay, negative, and small enough for exp(distance * |log decay|) to exist."""
     wanted = -value.abs().clamp_max(STEEPEST) / operand.factor
     return wanted.exp() if operand.function == "log" else wanted
+
+
+def _booleans(shape: Sequence[int], family: "Family", generator: torch.Generator, *, hides: bool) -> Tensor:
+    """A mask; in one family it hides most keys, and all of the first sequence or query."""
+    if family is not empty_rows:
+        return (torch.rand(shape, generator=generator) < 0.7) ^ hides
+    value = torch.rand(shape, generator=generator) < 0.15
+    if shape:
+        value[0] = False
+    return value ^ hides
 
 
 Family = Callable[[Sequence[int], torch.Generator], Tensor]

@@ -42,9 +42,9 @@ def _attribute(node: Node) -> float | None:
 
 def _evaluate(node: Node, depth: int) -> float | None:
     if node.target in _FULL:
-        return constant(node.args[1], depth + 1)
+        return _held(constant(node.args[1], depth + 1), node)
     if node.target in _SAME:
-        return constant(node.args[0], depth + 1)
+        return _held(constant(node.args[0], depth + 1), node)
     if node.target in _FIXED:
         return _FIXED[node.target]
     operation = _ARITHMETIC.get(node.target)
@@ -54,6 +54,10 @@ def _evaluate(node: Node, depth: int) -> float | None:
     if any(n is None for n in numbers):
         return None
     return _rounded(operation(*numbers), node)
+
+
+def _held(value: float | None, node: Node) -> float | None:
+    return None if value is None else _rounded(value, node)
 
 
 def _rounded(value: float, node: Node) -> float:

@@ -62,6 +62,10 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)
+    if (
+        spec.empty_row is EmptyRow.NEVER
+    ):  # said to be impossible: where it happens, a number that no check overlooks
+        weights = torch.where(visible.any(-1, keepdim=True), weights, 1e30)
     return _fill_empty(spec, weights, logits) @ _values(spec, operands)
 
 

@@ -187,20 +187,8 @@ def _problem(
     empty_row: str,
 ) -> Problem:
     check(
-        q,
-        k,
-        v,
-        bias,
-        mask,
-        key_padding,
-        sink_logits,
-        scale,
-        offset,
-        window,
-        sinks,
-        prefix,
-        softcap,
-        empty_row,
+        *(q, k, v, bias, mask, key_padding, sink_logits),
+        *(scale, offset, window, sinks, prefix, softcap, empty_row),
     )
     sizes = {"rows": q.shape[2], "columns": k.shape[2]}
     where = reach(offset=offset, window=window, sinks=sinks, prefix=prefix, **sizes)

@@ -38,7 +38,7 @@ def times_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (lambda q, k, v: dropout(weights(q, k), 0.1) @ v, "dropout 0.1 on the attention weights"),
         (returned, "the attention weights are returned"),
         (used_twice, "used 2 times"),
-        (times_itself, "the softmax is "),
+        (times_itself, "the softmax is multiplied by itself"),
         (lambda q, k, v: weights(q, k).transpose(-2, -1) @ v, "does not sum over"),
         (lambda q, k, v: weights(q, k).square() @ v, "is not understood"),
         (lambda q, k, v: weights(q, k).to(torch.int64).to(v.dtype) @ v, "is not understood"),

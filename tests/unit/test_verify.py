@@ -63,6 +63,20 @@ def test_a_misread_spec_is_caught(wrong: dict[str, object]) -> None:
     assert "the reading differs" in check.reason
 
 
+def padded_keys(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return padded(q, k, v, keep[:, None, None, :])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("row", [EmptyRow.NEVER, EmptyRow.ZERO, EmptyRow.UNIFORM])
+def test_a_misread_empty_row_under_padding_is_caught(row: EmptyRow, batch: int) -> None:
+    q, k, v = (torch.randn(batch, 2, 6, 4) for _ in range(3))
+    shadow = shadow_of(padded_keys, q, k, v, torch.rand(batch, 6) < 0.5)
+    site = read_one(shadow)
+    assert validate(shadow, site, {}).agrees
+    assert not validate(shadow, replace(site, spec=replace(site.spec, empty_row=row)), {}).agrees
+
+
 @pytest.mark.parametrize("row", [EmptyRow.ZERO, EmptyRow.UNIFORM])
 def test_a_misread_empty_row_is_caught(row: EmptyRow) -> None:
     shadow = shadow_of(padded, Q, K, V, KEEP)
