@@ -84,3 +84,10 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     attention(GOOD)
     with pytest.raises(error, match=message):
         attention(replace(GOOD, **change))
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    q, k, v = (torch.randn(1, 4, n, 16) for n in (1, 50, 50))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = sparq_attention(q, k, v, rank=8, topk=8, local=2)
+    assert torch.equal(inside, sparq_attention(q, k, v, rank=8, topk=8, local=2))
