@@ -65,6 +65,8 @@ def _nothing_compiled_before() -> Iterator[None]:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh floating-point memory with NaN, so that output which a kernel forgets to write is found."""
+    # torch remembers, for good, which functions `with torch.device(...)` applies to: let it see the real ones.
+    torch.utils._device._device_constructors()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

@@ -1,0 +1,30 @@
+"""fp32's lowest number is no fp16 number: https://github.com/pytorch/pytorch/pull/196118."""
+
+import pytest
+import torch
+from compiling import check_like_eager
+from torch import Tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["sdpa", "streaming"])
+def test_a_mask_is_added_in_the_dtype_in_which_it_is_found(dtype: torch.dtype, kernel: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).softmax(-1).to(v.dtype) @ v
+
+    mask = torch.where(torch.rand(7, 7) > 0.5, 0.0, torch.finfo(torch.float32).min)
+    mask[3] = torch.finfo(torch.float32).min  # a row that sees nothing: the mean of all values
+    inputs = (*torch.randn(3, 2, 4, 7, 16).to(dtype), mask)
+    report = check_like_eager(attend, inputs, allow=(kernel,))
+    assert [site.verdict for site in report.sites] == ["rewritten"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mask_that_overflows_in_a_later_cast_is_minus_infinity(dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = (q @ k.mT).float().masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+        return scores.to(dtype).softmax(-1) @ v
+
+    keep = torch.tensor([[True] * 7, [False] * 7])
+    report = check_like_eager(attend, (*torch.randn(3, 2, 4, 7, 16).to(dtype), keep))
+    assert [site.spec for site in report.sites] == ["softmax scale=1 padding empty=nan"]

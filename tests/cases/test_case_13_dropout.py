@@ -1,0 +1,37 @@
+"""Dropout in eval is nothing, in training it is something.
+
+https://github.com/pytorch/pytorch/pull/109118, https://github.com/facebookresearch/vjepa2/pull/160
+"""
+
+import torch
+from compiling import check_like_eager, compiled
+from torch import Tensor, nn
+from torch.nn import functional
+
+import attnopt
+
+
+class Attention(nn.Module):
+    """With a dropout that depends on the mode."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.fused:
+            return functional.scaled_dot_product_attention(q, k, v, dropout_p=0.5 if self.training else 0.0)
+        return self.dropout((q @ k.mT).softmax(-1)) @ v
+
+
+def test_dropout_in_eval_changes_nothing() -> None:
+    report = check_like_eager(Attention(fused=False).eval(), torch.randn(3, 2, 6, 8).unbind())
+    assert [site.verdict for site in report.sites] == ["rewritten"]
+
+
+def test_dropout_in_training_is_refused_by_name() -> None:
+    for fused in (False, True):
+        compiled(Attention(fused=fused).train())(*torch.randn(3, 2, 6, 8).unbind())
+        (site,) = attnopt.reports()[-1].sites
+        assert (site.verdict, site.reason) == ("refused", "dropout 0.5 on the attention weights")
