@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -66,7 +67,7 @@ def _nothing_compiled_before() -> Iterator[None]:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh floating-point memory with NaN, so that output which a kernel forgets to write is found."""
     # torch remembers, for good, which functions `with torch.device(...)` applies to: let it see the real ones.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
