@@ -146,7 +146,9 @@ def _served_group(found: Group) -> list[str]:
     row = _row(
         f"{len(found.sites)}x", _shorten(name, _CALL), site.verdict, check_text(found), site.kernel or "-"
     )
-    noted = site.reason if site.verdict == "rewritten" else ""  # a waiver, or why an approximation was not used
+    noted = (
+        site.reason if site.verdict == "rewritten" else ""
+    )  # a waiver, or why an approximation was not used
     return [row, *(_wrap(text, _INDENT, _INDENT) for text in (details, noted) if text)]
 
 

@@ -19,7 +19,9 @@ def top_left(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def top_left_spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT).masked_fill(torch.ones(q.shape[2], k.shape[2]).triu(1).bool(), float("-inf")).softmax(-1) @ v
+    return (q @ k.mT).masked_fill(torch.ones(q.shape[2], k.shape[2]).triu(1).bool(), float("-inf")).softmax(
+        -1
+    ) @ v
 
 
 def bottom_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,4 +39,7 @@ def test_a_tracer_sees_the_mask_exactly(attend: object, kernel: str) -> None:
         offset = sk - sq if attend is bottom_right else 0
         seen = torch.ones(sq, sk).tril(offset)
         shown = torch.where(seen.any(-1, keepdim=True), seen, torch.nan)
-        assert torch.equal((out * seen.sum(-1, keepdim=True)).round().nan_to_num(7), shown.nan_to_num(7)), (sq, sk)
+        assert torch.equal((out * seen.sum(-1, keepdim=True)).round().nan_to_num(7), shown.nan_to_num(7)), (
+            sq,
+            sk,
+        )

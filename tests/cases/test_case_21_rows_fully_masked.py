@@ -15,7 +15,9 @@ def nan(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def nan_by_addition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    return (q @ k.mT + torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))).softmax(-1) @ v
+    return (q @ k.mT + torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float("-inf"))).softmax(
+        -1
+    ) @ v
 
 
 def zero(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ from compiling import check_like_eager
 from torch import Tensor
 
 
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (2, 3, 2), (1, 1), (2, 3, 2, 2), (1, 2, 1, 3)])
+@pytest.mark.parametrize(
+    "leading", [(), (3,), (2, 3), (2, 1, 3), (2, 3, 2), (1, 1), (2, 3, 2, 2), (1, 2, 1, 3)]
+)
 def test_any_number_of_leading_dimensions_is_read(leading: tuple[int, ...]) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         hidden = torch.ones(5, 6, dtype=torch.bool).triu(2)

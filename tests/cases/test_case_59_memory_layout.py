@@ -11,7 +11,9 @@ from torch import Tensor
 def test_a_view_after_the_graph_works_as_without_attnopt(after: str, inner: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = (q @ k.mT).softmax(-1) @ v
-        return {"nothing": out, "relu": out.relu(), "transpose": out.transpose(1, 2), "residual": out + q}[after]
+        return {"nothing": out, "relu": out.relu(), "transpose": out.transpose(1, 2), "residual": out + q}[
+            after
+        ]
 
     q, k, v = torch.randn(3, 2, 7, 4, 8).transpose(2, 3).unbind()
     out, eager = compiled(attend, inner=inner)(q, k, v), attend(q, k, v)

@@ -109,7 +109,9 @@ class Stacked(torch.nn.Module):
         return self.attention(self.attention(q, k, v, keep, bias), k, v, keep, bias)
 
 
-@pytest.mark.parametrize("meaning", [Meaning(dv=8, causal=True), Meaning(dv=8, bias=True), Meaning(dv=8, softcap=5.0)])
+@pytest.mark.parametrize(
+    "meaning", [Meaning(dv=8, causal=True), Meaning(dv=8, bias=True), Meaning(dv=8, softcap=5.0)]
+)
 def test_rewriting_twice_is_rewriting_once(meaning: Meaning) -> None:
     program = torch.export.export(Stacked(plainly(meaning)), meaning.inputs())
     once, first = attnopt.rewrite(program)
