@@ -178,7 +178,8 @@ def axis(graph: Graph, choose: Choose) -> None:
 _EXTRA = (
     (aten.neg.default,), (aten.abs.default,), (aten.relu.default,), (aten.exp.default,), (aten.tanh.default,),
     (aten.mul.Tensor, 1.5), (aten.add.Tensor, -2.0), (aten.cumsum.default, -1), (aten.softmax.int, -1),
-    (aten.clamp.default, -0.5, 0.5), (aten.flip.default, [-1]), (aten.sum.dim_IntList, [-1], True), (aten.dropout.default, 1.0, True),
+    (aten.clamp.default, -0.5, 0.5), (aten.flip.default, [-1]), (aten.sum.dim_IntList, [-1], True),
+    (aten.dropout.default, 1.0, True),
 )  # fmt: skip
 
 

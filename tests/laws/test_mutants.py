@@ -57,12 +57,11 @@ def works_in_less_than_double(module: GraphModule) -> bool:
 
 
 def assert_same_outputs(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
-    for a, b in zip(got, wanted, strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        a, b = a.double(), b.double()
-        assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.isinf(), b.isinf())
-        a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
+    for out, want in zip(got, wanted, strict=True):
+        assert (out.dtype, out.shape) == (want.dtype, want.shape)
+        assert torch.equal(out.isnan(), want.isnan())
+        assert torch.equal(out.isinf(), want.isinf())
+        a, b = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (out, want))
         assert float((a - b).norm()) <= tolerance * float(b.norm()) + 1e-12
 
 
