@@ -61,11 +61,14 @@ def rewrite_graph(
 ) -> tuple[Report, tuple[Edit, ...]]:
     """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that.
 
-    gradient: whether autograd will follow.
+    gradient: whether autograd will follow. Tracing is not thread-safe: one graph at a time, under torch's own lock.
     """
+    from torch._dynamo.convert_frame import compile_lock
+
     saved = [(body, _snapshot(body.graph)) for body in _all_graphs(module)]
     try:
-        outcome = optimise(module, options, gradient=gradient)
+        with compile_lock:
+            outcome = optimise(module, options, gradient=gradient)
     except Exception as problem:  # noqa: BLE001 - fail closed: a bug here must never break the user's model
         _restore(saved)
         message = f"attnopt left a graph untouched: {type(problem).__name__}: {problem}"

@@ -64,7 +64,7 @@ def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, 
 
 
 def _fitted(space: Space, dims: Dims, shape: tuple[Size, ...], node: Node) -> Dims:
-    """`dims`, unless they have other sizes for certain: the library does not check that there is a value for each key."""
+    """`dims`, unless their sizes differ for certain: the library does not check that there is a value for each key."""
     for axes, size in zip(dims, shape, strict=True):
         wanted = product(a.size for a in space.leaves(axes))
         if isinstance(wanted, int) and isinstance(size, int) and wanted != size:
