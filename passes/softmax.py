@@ -128,7 +128,12 @@ def build(space: Space, shadow: Shadow, parts: Parts, frame: Frame, *, safe: boo
 def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node]) -> torch.dtype:
     q, k, v = bases
     out = root.meta["val"].dtype
-    return working_dtype([(q, parts.entered), (k, parts.entered), (v, out)], out)
+    working = working_dtype([(q, parts.entered), (k, parts.entered), (v, out)], out)
+    if (
+        parts.scores.factors or parts.scores.rsqrt
+    ):  # multiplied onto q: as precisely as the graph multiplies the scores
+        return torch.promote_types(working, parts.entered)
+    return working
 
 
 def _factor(space: Space, roles: Roles, term: Term) -> Operand:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("factor", [0.51, 0.0884, 3.3])
+@pytest.mark.parametrize("factor", [0.51, 0.0884, 1.3])
 def test_a_folded_scale_is_no_worse_than_eagers_rounding(dtype: torch.dtype, factor: float) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ (k * factor).mT).softmax(-1) @ v
