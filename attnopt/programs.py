@@ -39,7 +39,10 @@ def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[Exporte
     module = _copied(program.graph_module)
     _mark_constants(module, program)
     plain, edits = rewrite_graph(module, chosen, gradient=False)
-    report = measure(plain, edits, program)
+    outermost = [
+        edit for edit in edits if edit.shadow.original is module
+    ]  # those whose inputs are the program's
+    report = measure(plain, outermost, program)
     keep(report)
     if chosen.strict:
         check_strict(report)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
@@ -41,7 +42,10 @@ def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -
     values = [node.meta["val"] for node in emit.leaves(site)]
     with fake_mode(values):
         called = _call_as_laid_out(shadow, site, spec, run)
-        traced = make_fx(called, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        try:
+            traced = make_fx(called, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        except GuardOnDataDependentSymNode as problem:
+            raise Reject("a size depends on data, and the kernel has to know it", site.root) from problem
     made, wanted = _result(traced).meta["val"], site.root.meta["val"]
     if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape):
         raise Reject(

@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    return torch.randn(3, 2, 4, 6, 8, dtype=dtype).unbind()
+    return tuple(torch.randn(2, 4, 6, 8, dtype=dtype) for _ in range(3))
 
 
 def test_scores_that_fork_again_and_again_are_given_up_at_once() -> None:
@@ -103,20 +103,19 @@ def test_a_size_that_depends_on_data_is_read_or_refused() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         x, keep = torch.randn(9, 8, dtype=torch.float64), torch.arange(9) % 3 > 0
         torch.testing.assert_close(compiled(picked)(x, keep), picked(x, keep))
-    assert reports()[-1].warnings == ()
-    assert len(reports()[-1].sites) == 1
+    (site,) = reports()[-1].sites
+    assert (site.verdict, site.reason) == ("refused", "a size depends on data, and the kernel has to know it")
 
 
 def test_a_graph_without_example_values_falls_back() -> None:
-    (module,) = dynamo_graphs(attend, *tensors())
+    module = aten_graph(attend, *tensors())
     before = str(module.graph)
     for node in module.graph.nodes:
-        node.meta.pop("example_value", None)
         node.meta.pop("val", None)
     with pytest.warns(RuntimeWarning, match="have no example values"):
         run = attnopt(module, list(held := tensors()), options={"inner": "eager"})
     assert str(module.graph) == before
-    torch.testing.assert_close(run(*held)[0], attend(*held))
+    torch.testing.assert_close(run(*held), attend(*held))
 
 
 def nested(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -166,15 +165,6 @@ def test_a_rule_that_rejects_late_refuses_its_site_only(monkeypatch: pytest.Monk
     monkeypatch.setattr(pipeline, "describe", late)
     report = check_like_eager(two, tensors())
     assert [(s.verdict, s.reason) for s in report.sites] == [("refused", "planted"), ("rewritten", "")]
-
-
-def test_operands_on_several_devices_are_refused() -> None:
-    def spread(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v).cpu()
-
-    module = aten_graph(spread, *(x.to("meta") for x in tensors()))
-    report, _ = rewrite_graph(module, Options(), gradient=False)
-    assert [site.verdict for site in report.sites] == ["rewritten"]  # all of it is on one device
 
 
 def test_environment_variables_are_options_too(monkeypatch: pytest.MonkeyPatch) -> None:
