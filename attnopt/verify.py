@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
-from attnopt.mask import And, Causal, First, Mask, Or, Window
+from attnopt.mask import FULL, And, Causal, First, Mask, Or, Window
 from attnopt.passes import emit
 from attnopt.passes.layout import Axis
 from attnopt.passes.replay import Replay, normal_form
@@ -171,7 +171,14 @@ def _values(site: Site, lengths: Mapping[Axis, int], family: "Family") -> dict[N
     for name, part in emit.parts(site):
         if part.node not in values:
             values[part.node] = _value(part, name, lengths, family, generator)
+            if name.startswith("bias") and family is empty_rows and site.spec.mask == FULL:
+                values[part.node] = _hiding(values[part.node], generator)
     return values
+
+
+def _hiding(bias: Tensor, generator: torch.Generator) -> Tensor:
+    """A bias may hide as a mask does; beside a mask it is taken to leave each row a key (docs/decisions.md, 16)."""
+    return bias.where(_booleans(bias.shape, empty_rows, generator, hides=False), -torch.inf)
 
 
 def _value(

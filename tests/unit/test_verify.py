@@ -86,6 +86,102 @@ def test_a_misread_empty_row_is_caught(row: EmptyRow) -> None:
     assert check.error == float("inf")
 
 
+@pytest.mark.parametrize("row", [EmptyRow.NAN, EmptyRow.NEVER, EmptyRow.UNIFORM])
+def test_a_misread_row_that_a_bias_hides_is_caught(row: EmptyRow) -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    shadow = shadow_of(biased, Q, K, V, torch.randn(2, 1, 7, 7))
+    site = read_one(shadow)
+    assert site.spec.empty_row is EmptyRow.ZERO
+    assert validate(shadow, site, {}).agrees
+    assert not validate(shadow, replace(site, spec=replace(site.spec, empty_row=row)), {}).agrees
+
+
+def test_a_bias_left_out_is_caught() -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+    shadow = shadow_of(biased, Q, K, V, torch.randn(3, 7, 7))
+    site = read_one(shadow)
+    kept = {name: operand for name, operand in site.operands.items() if name != "bias"}
+    assert validate(shadow, site, {}).agrees
+    assert not validate(shadow, replace(site, spec=replace(site.spec, bias=()), operands=kept), {}).agrees
+
+
+def test_heads_in_another_order_are_caught() -> None:
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(3, dim=1) for x in (k, v))
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+    shadow = shadow_of(shared, torch.randn(2, 9, 7, 4), K, V)
+    site = read_one(shadow)
+    batch, (major, minor), *rest = site.operands["q"].dims
+    tiled = replace(site.operands["q"], dims=(batch, (minor, major), *rest))
+    assert validate(shadow, site, {}).agrees
+    assert not validate(shadow, replace(site, operands={**site.operands, "q": tiled}), {}).agrees
+
+
+def test_a_scale_that_divides_is_not_one_that_multiplies() -> None:
+    def scaled(q: Tensor, k: Tensor, v: Tensor, by: Tensor) -> Tensor:
+        return (q @ k.transpose(-2, -1) / by).softmax(-1) @ v
+
+    shadow = shadow_of(scaled, Q, K, V, torch.rand(3, 1, 1))
+    site = read_one(shadow)
+    (factor,) = site.operands["q"].times
+    wrong = replace(site.operands["q"], times=(replace(factor, inverse=False),))
+    assert validate(shadow, site, {}).agrees
+    assert not validate(shadow, replace(site, operands={**site.operands, "q": wrong}), {}).agrees
+
+
+def test_a_padding_that_is_not_inverted_is_caught() -> None:
+    shadow = shadow_of(padded_keys, Q, K, V, torch.rand(2, 7) < 0.5)
+    site = read_one(shadow)
+    padding = site.operands["padding"]
+    wrong = {**site.operands, "padding": replace(padding, negated=not padding.negated)}
+    assert not validate(shadow, replace(site, operands=wrong), {}).agrees
+
+
+@pytest.mark.parametrize("offset", [49, 51])
+def test_an_offset_that_shows_only_far_along_is_caught(offset: int) -> None:
+    def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = torch.ones(64, 64, dtype=torch.bool).triu(51)
+        return (q @ k.transpose(-2, -1)).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    shadow = shadow_of(shifted, *torch.randn(3, 1, 1, 64, 2).unbind())
+    site = read_one(shadow)
+    assert site.spec.mask == Causal(Length(50))
+    assert validate(shadow, site, {}).agrees
+    wrong = replace(site, spec=replace(site.spec, mask=Causal(Length(offset))))
+    assert not validate(shadow, wrong, {}).agrees
+
+
+def test_a_part_of_the_mask_that_shows_only_far_along_is_caught() -> None:
+    def ending(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = (torch.arange(64) >= 40)[None, :].expand(64, 64)
+        return (q @ k.transpose(-2, -1)).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    shadow = shadow_of(ending, *torch.randn(3, 1, 1, 64, 2).unbind())
+    site = read_one(shadow)
+    assert validate(shadow, site, {}).agrees
+    assert not validate(shadow, replace(site, spec=replace(site.spec, mask=FULL)), {}).agrees
+
+
+def test_a_write_that_the_reader_overlooked_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v = v * 1
+        first = v[:, :, 0]
+        weights = (q @ k.transpose(-2, -1)).softmax(-1)
+        first.zero_()
+        return weights @ v
+
+    shadow = shadow_of(written, Q, K, V)
+    with monkeypatch.context() as blind:
+        blind.setattr("attnopt.passes.site.writes_after", lambda *_: [])
+        site = read_one(shadow)
+    assert not validate(shadow, site, {}).agrees
+
+
 @pytest.mark.parametrize(("one", "other"), [("q", "k"), ("k", "v"), ("q", "v")])
 def test_swapped_operands_are_caught(one: str, other: str) -> None:
     shadow = shadow_of(causal, Q, K, V)
