@@ -13,6 +13,7 @@ HAS_GPU     := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_a
 # One thread a process: the tests run in two processes, and small tensors gain nothing from more.
 PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS     ?= 2
+MUTANTS     ?= 60000
 # In CI the random tests draw the same examples every time.
 PROFILE     := $(if $(CI),ci,dev)
 
@@ -36,8 +37,9 @@ check: $(INSTALLED)  ## format, lint, types, architecture: under a minute
 test: $(INSTALLED)  ## all tests that need no GPU
 	ATTNOPT_HYPOTHESIS=$(PROFILE) $(PYTEST) -n $(WORKERS) --timeout 600
 
-deep: $(INSTALLED)  ## the same with many more random examples, and the long tests
+deep: $(INSTALLED)  ## the same with many more random examples, the long tests, and 60,000 mutants
 	ATTNOPT_HYPOTHESIS=deep $(PYTEST) -n $(WORKERS) --timeout 3600
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hunt.py --programs $(MUTANTS) --workers $(WORKERS) --out .mutants.json
 
 gpu: $(INSTALLED)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu

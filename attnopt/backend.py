@@ -11,13 +11,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
-from attnopt.errors import OptionError, StrictError
+from attnopt import breaks
+from attnopt.buffers import offer
+from attnopt.errors import OptionError, StrictError, UnsupportedError
+from attnopt.guards import Guarded, Holds, guards_of
 from attnopt.options import Options
 from attnopt.pipeline import Edit, Outcome, optimise
+from attnopt.premises import premises
 from attnopt.report import Report
+from attnopt.report_groups import short_node
+from attnopt.report_text import why
 from attnopt.shadow import sub_graphs
 from attnopt.versions import versions
 from attnopt.watch import Watched
+from attnopt.wording import advised
 
 Compiled = Callable[..., Any]
 
@@ -45,12 +52,19 @@ def attnopt(
     if mode not in (None, "default"):
         raise OptionError(f"mode={mode!r} is not an option of this backend; wanted none, or 'default'")
     original = copy.deepcopy(module) if chosen.verify in _AT_RUN_TIME else None
+    before = _snapshot(module.graph) if offer(module, inputs) else None
     report, edits = rewrite_graph(module, chosen, gradient=torch.is_grad_enabled())
+    report = with_graph_breaks(report, breaks.of_graph(module))
     keep(report)
     if chosen.strict:
         check_strict(report)
     compiled = _compile_rest(module, inputs, chosen)
-    return compiled if original is None or not edits else Watched(compiled, original, edits, chosen)
+    if original is not None and edits:
+        compiled = Watched(compiled, original, edits, chosen)
+    guards: list[Holds] = [*guards_of(module), *premises(module, edits)] if edits else []
+    return (
+        Guarded(compiled, GraphModule(module, before), guards) if before is not None and guards else compiled
+    )
 
 
 _AT_RUN_TIME = ("first", "sample", "always")
@@ -71,16 +85,22 @@ def rewrite_graph(
             outcome = optimise(module, options, gradient=gradient)
     except Exception as problem:  # noqa: BLE001 - fail closed: a bug here must never break the user's model
         _restore(saved)
-        message = f"attnopt left a graph untouched: {type(problem).__name__}: {problem}"
+        message = f"attnopt left a graph untouched: {_told(problem)}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return make_report(Outcome((), ()), options, warnings=(message,)), ()
     return make_report(outcome, options), outcome.edits
 
 
+def _told(problem: Exception) -> str:
+    """What stopped attnopt, in one line; the tracer appends the node at which it was."""
+    first = str(problem).partition("\n")[0]
+    return first if isinstance(problem, UnsupportedError) else f"{type(problem).__name__}: {first}"
+
+
 def make_report(outcome: Outcome, options: Options, warnings: tuple[str, ...] = ()) -> Report:
     """The outcome of the passes as a Report."""
     return Report(
-        sites=outcome.sites,
+        sites=tuple(map(advised, outcome.sites)),
         graphs=outcome.graphs,
         options=options.to_dict(),
         versions=versions(),
@@ -106,17 +126,19 @@ def check_strict(report: Report) -> None:
     if left:
         site = left[0]
         what = f"{site.where}: `{site.code}`" if site.code else site.where
+        named = f" in {site.module}" if site.module else ""
         raise StrictError(
-            f"strict=True and {len(left)} attention site(s) were left alone; the first is {what}: {site.reason} "
-            f"(rule {site.nearest_rule}, node {site.node or '?'}). Change the model, or drop strict=True."
+            f"strict=True and {len(left)} attention site(s) were left alone; the first is {what}{named}: {why(site)} "
+            f"(rule {site.nearest_rule}, node {short_node(site.node) or '?'}). "
+            f"What would help: {site.advice or 'change the model'}; or drop strict=True."
         )
     if report.warnings:
         raise StrictError(f"strict=True and {report.warnings[0]}")
 
 
-def with_graph_breaks(report: Report, breaks: Sequence[str]) -> Report:
+def with_graph_breaks(report: Report, reasons: Sequence[str]) -> Report:
     """The report with the reasons for which Dynamo cut the graph."""
-    return replace(report, graph_breaks=tuple(breaks))
+    return replace(report, graph_breaks=tuple(reasons))
 
 
 def _all_graphs(module: GraphModule) -> list[GraphModule]:

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
-from attnopt.cli_flags import NO_MATCH, Output, command, optioned
+from attnopt.cli_flags import NO_MATCH, Output, columns, command, optioned
 from attnopt.errors import MissingError, SourceError
 from attnopt.options import Options
 from attnopt.report import Report
+from attnopt.report_text import render
 
 app = typer.Typer(
     name="attnopt",
@@ -122,7 +123,7 @@ def explain(
     loaded = cli_work.load(source, inputs, output, allow_unsafe=allow_unsafe_load)
     with output.step("explaining"):
         found = cli_work.explain(loaded, source, options)
-    output.data(str(found), json.loads(found.to_json()))
+    output.data(render(found, columns()), json.loads(found.to_json()))
     _need_match(found, required=require_match)
 
 
@@ -176,7 +177,7 @@ def report(
         with files.atomic(html, force=force, inputs=[path]) as stream:
             stream.write(page.encode())
         output.note(f"wrote {html}")
-    output.data(str(loaded), json.loads(loaded.to_json()))
+    output.data(render(loaded, columns()), json.loads(loaded.to_json()))
 
 
 @app.command()

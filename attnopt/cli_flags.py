@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import sys
 import time
 import traceback
@@ -185,6 +186,11 @@ def _coloured(text: str) -> str:
     with console.capture() as shown:
         console.print(marked, soft_wrap=True, end="")
     return shown.get()
+
+
+def columns() -> int:
+    """The width for tables: the terminal's, up to where lines become hard to follow; 100 where there is none."""
+    return min(shutil.get_terminal_size((100, 24)).columns, 160)
 
 
 def is_terminal() -> bool:

@@ -5,7 +5,9 @@ Positions count from 0. A mask is True where the key is visible. Lengths that de
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_, or_
 
 import torch
 from torch import Tensor
@@ -66,6 +68,11 @@ class Mask:
     def operand_names(self) -> tuple[str, ...]:
         """Names of the tensors this mask reads, in order, without repetition."""
         return tuple(dict.fromkeys(self._names()))
+
+    def renamed(self, names: Mapping[str, str]) -> "Mask":
+        """The same mask reading operands of other names."""
+        del names
+        return self
 
     def _names(self) -> Iterator[str]:
         return iter(())
@@ -148,6 +155,9 @@ class KeyPadding(Mask):
         del j, sizes
         return operands[self.name][:, None, None, :] & torch.ones_like(i, dtype=torch.bool)
 
+    def renamed(self, names: Mapping[str, str]) -> Mask:
+        return replace(self, name=names[self.name])
+
     def _names(self) -> Iterator[str]:
         yield self.name
 
@@ -167,6 +177,9 @@ class Opaque(Mask):
             operands[self.name] & torch.ones_like(i, dtype=torch.bool) & torch.ones_like(j, dtype=torch.bool)
         )
 
+    def renamed(self, names: Mapping[str, str]) -> Mask:
+        return replace(self, name=names[self.name])
+
     def _names(self) -> Iterator[str]:
         yield self.name
 
@@ -175,46 +188,43 @@ class Opaque(Mask):
 
 
 @dataclass(frozen=True, slots=True)
-class And(Mask):
-    """Visible in every part."""
+class Several(Mask):
+    """A combination of masks."""
 
     parts: tuple[Mask, ...]
 
-    def visible(self, i: Tensor, j: Tensor, sizes: tuple[int, int], operands: Mapping[str, Tensor]) -> Tensor:
-        first, *rest = (part.visible(i, j, sizes, operands) for part in self.parts)
-        for other in rest:
-            first = first & other
-        return first
+    def renamed(self, names: Mapping[str, str]) -> Mask:
+        return replace(self, parts=tuple(part.renamed(names) for part in self.parts))
 
     def _names(self) -> Iterator[str]:
         for part in self.parts:
             yield from part._names()
+
+
+@dataclass(frozen=True, slots=True)
+class And(Several):
+    """Visible in every part."""
+
+    def visible(self, i: Tensor, j: Tensor, sizes: tuple[int, int], operands: Mapping[str, Tensor]) -> Tensor:
+        return reduce(and_, (part.visible(i, j, sizes, operands) for part in self.parts))
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Or) else str(part) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
-class Or(Mask):
+class Or(Several):
     """Visible in some part."""
 
-    parts: tuple[Mask, ...]
-
     def visible(self, i: Tensor, j: Tensor, sizes: tuple[int, int], operands: Mapping[str, Tensor]) -> Tensor:
-        first, *rest = (part.visible(i, j, sizes, operands) for part in self.parts)
-        for other in rest:
-            first = first | other
-        return first
-
-    def _names(self) -> Iterator[str]:
-        for part in self.parts:
-            yield from part._names()
+        return reduce(or_, (part.visible(i, j, sizes, operands) for part in self.parts))
 
     def __str__(self) -> str:
         return " | ".join(f"({part})" if isinstance(part, And) else str(part) for part in self.parts)
 
 
 FULL = Full()
+CAUSAL = Causal()
 
 
 def _combine(
@@ -267,25 +277,20 @@ def _merge(into: Band, part: Mask) -> Band | None:
         case Full():
             return into
         case KeyPadding(name) if into.padding is None:
-            return _with(into, padding=name)
+            return replace(into, padding=name)
         case Opaque(name):
-            return _with(into, opaque=(*into.opaque, name))
+            return replace(into, opaque=(*into.opaque, name))
         case Causal(offset) if into.offset in (None, offset) and not into.prefix:
-            return _with(into, offset=offset)
+            return replace(into, offset=offset)
         case Window(width, offset) if (
             into.window is None and into.offset in (None, offset) and not into.prefix
         ):
-            return _with(into, offset=offset, window=width)
+            return replace(into, offset=offset, window=width)
         case Or((First(count), Window(width, offset))) if into.window is None and into.offset in (
             None,
             offset,
         ):
-            return _with(into, offset=offset, window=width, sinks=count)
+            return replace(into, offset=offset, window=width, sinks=count)
         case Or((Causal(offset), First(count))) if into.offset is None:
-            return _with(into, offset=offset, prefix=count)
+            return replace(into, offset=offset, prefix=count)
     return None
-
-
-def _with(into: Band, **changes: object) -> Band:
-    fields = {name: getattr(into, name) for name in Band.__slots__}
-    return Band(**{**fields, **changes})

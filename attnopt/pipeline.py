@@ -13,12 +13,17 @@ from torch.fx import GraphModule, Node
 from attnopt import locate, policy, verify
 from attnopt.options import Options
 from attnopt.passes import emit, splice
+from attnopt.passes.autograd import check_gradients
 from attnopt.passes.sizes import hint
-from attnopt.registry import kernels, rules
+from attnopt.reading import Found, read
+from attnopt.registry import expansions, kernels, rules
 from attnopt.report import Family, GraphReport, SiteReport, Verdict
-from attnopt.rule import Kernel, Reject, Rule, Site, SiteMeta, TensorMeta
+from attnopt.rule import Kernel, Reject, Site, SiteMeta, TensorMeta
 from attnopt.shadow import Shadow, sub_graphs, trace
+from attnopt.shadow_bodies import NOTHING, Around, surroundings
+from attnopt.shadow_triage import may_hold_attention
 from attnopt.spec import AttentionSpec
+from attnopt.wording import spec_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +63,24 @@ class Clock:
 
 
 def optimise(
-    module: GraphModule, options: Options, *, gradient: bool, done: verify.Checks | None = None
+    module: GraphModule,
+    options: Options,
+    *,
+    gradient: bool,
+    done: verify.Checks | None = None,
+    around: Around = NOTHING,
 ) -> Outcome:
     """Rewrites `module` in place, the sub-graphs first. `gradient`: whether autograd will follow."""
-    done = {} if done is None else done
-    inner = [optimise(body, options, gradient=gradient, done=done) for body in sub_graphs(module)]
-    here = _Pass(options, gradient, done, Clock()).run(module)
-    return _join([*inner, here])
+    if not may_hold_attention(module):
+        count = len(module.graph.nodes)
+        return Outcome((), (GraphReport(nodes_before=count, nodes_after=count),))
+    work = _Pass(options, gradient, {} if done is None else done, Clock())
+    shadow = work.shadow(module, around)
+    inner = [
+        optimise(body, options, gradient=gradient, done=work.done, around=surroundings(shadow, body))
+        for body in sub_graphs(module)
+    ]
+    return _join([*inner, work.run(module, shadow)])
 
 
 def _join(outcomes: Sequence[Outcome]) -> Outcome:
@@ -86,10 +102,12 @@ class _Pass:
     done: verify.Checks
     clock: Clock
 
-    def run(self, module: GraphModule) -> Outcome:
-        before = len(module.graph.nodes)
+    def shadow(self, module: GraphModule, around: Around) -> Shadow:
         with self.clock.measure("shadow"):
-            shadow = trace(module)
+            return trace(module, expansions(), around)
+
+    def run(self, module: GraphModule, shadow: Shadow) -> Outcome:
+        before = len(module.graph.nodes)
         with self.clock.measure("read"):
             found = list(read(shadow, rules()))
         edits: list[Edit] = []
@@ -105,28 +123,32 @@ class _Pass:
         return Outcome(tuple(reports), (graph,), tuple(edits))
 
     def _decide(
-        self, shadow: Shadow, found: "Found", edits: list[Edit], number: int, values: dict[Node, Node]
+        self, shadow: Shadow, found: Found, edits: list[Edit], number: int, values: dict[Node, Node]
     ) -> SiteReport:
         """The verdict on one anchor; a rewritten site is spliced in. `values` as in `splice.splice`."""
         if found.site is None:
             return _left_alone(shadow, found)
         site = found.site
         try:
-            meta = describe(site, gradient=self.gradient)
+            meta = self._described(shadow, site)
         except Reject as reject:
             return _left_alone(shadow, Found(found.anchor, None, reject, site.rule))
         with self.clock.measure("choose"):
             choice = policy.choose(meta, kernels(), self.options)
         report = _draft(site, meta, choice)
+        if choice.exact:
+            site = next((other for other in site.otherwise if other.spec == choice.spec), site)
         if choice.kernel is None:
             verdict: Verdict = "quarantined" if "quarantined" in choice.reason else "refused"
             return replace(report, verdict=verdict, reason=choice.reason)
         if choice.exact and choice.kernel.name == "sdpa" and is_same_call(site, choice.spec):
             return replace(report, verdict="kept", reason="the call is the best there is for it already")
         with self.clock.measure("validate"):
-            check = self._check(shadow, site)
+            check = self._check(shadow, found.site)  # in the words that say most
         if check.error is not None and not check.agrees:
             return replace(report, verdict="refused", reason=check.reason, error=check.error, kernel=None)
+        if site.needless:
+            return replace(report, verdict="kept", reason=site.needless, error=check.error, kernel=None)
         try:
             with self.clock.measure("splice"):
                 splice.splice(
@@ -135,10 +157,16 @@ class _Pass:
         except Reject as reject:
             return replace(report, verdict="refused", reason=reject.reason, kernel=None)
         edits.append(Edit(shadow, site, choice.spec, choice.kernel, number))
-        notes = "; ".join(
-            filter(None, (report.reason, f"unverified: {check.reason}" if check.error is None else ""))
-        )
+        said = (report.reason, _note(site), f"unverified: {check.reason}" if check.error is None else "")
+        notes = "; ".join(filter(None, said))
         return replace(report, verdict="rewritten", error=check.error, reason=notes)
+
+    def _described(self, shadow: Shadow, site: Site) -> SiteMeta:
+        if self.gradient:
+            check_gradients(shadow, site)
+            if site.forward_only:
+                raise Reject(site.forward_only, site.root)
+        return describe(site, gradient=self.gradient)
 
     def _check(self, shadow: Shadow, site: Site) -> verify.Check:
         if self.options.verify == "off":
@@ -146,61 +174,13 @@ class _Pass:
         return verify.validate(shadow, site, self.done)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """An anchor with the site that was read there, or why none was: the rule that got furthest."""
-
-    anchor: Node
-    site: Site | None
-    reject: Reject | None = None
-    rule: str = ""
-
-
-def read(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
-    """Every anchor of every rule, in the order of the graph; nodes of sub-graphs belong to their own shadow.
-
-    A product inside an attention that was read is no attention of its own, whatever else it looks like.
-    """
-    found = list(_read_all(shadow, rules))
-    softmax = [f.site for f in found if f.site is not None and f.site.spec.family == "softmax"]
-    inside = {node for site in softmax for node in (*site.interior, site.root)}
-    yield from (f for f in found if _is_softmax(f) or not _nodes(f) & inside)
-
-
-def _is_softmax(found: "Found") -> bool:
-    return found.site is not None and found.site.spec.family == "softmax"
-
-
-def _nodes(found: "Found") -> set[Node]:
-    return {found.anchor} if found.site is None else {*found.site.interior, found.site.root}
-
-
-def _read_all(shadow: Shadow, rules: Sequence[Rule]) -> Iterator[Found]:
-    for node in shadow.nodes:
-        if node.op != "call_function" or node not in shadow.live or shadow.inlined(node):
-            continue
-        asked = [rule for rule in rules if node.target in rule.anchors]
-        if asked:
-            found = _read_one(node, shadow, asked)
-            if found is not None:
-                yield found
-
-
-def _read_one(node: Node, shadow: Shadow, asked: Sequence[Rule]) -> Found | None:
-    sites: list[Site] = []
-    rejects: list[tuple[Reject, str]] = []
-    for rule in asked:
-        try:
-            sites.append(rule.read(node, shadow))
-        except Reject as reject:
-            rejects.append((reject, rule.name))
-    if len({(s.root, s.spec) for s in sites}) > 1:
-        clash = Reject(f"rules {', '.join(s.rule for s in sites)} read it differently", node, depth=99)
-        return Found(node, None, clash, sites[0].rule)
-    if sites:
-        return Found(node, sites[0])
-    furthest, name = max(rejects, key=lambda pair: pair[0].depth)
-    return None if furthest.depth < 0 else Found(node, None, furthest, name)
+def _note(site: Site) -> str:
+    """What changes although the meaning does not."""
+    if site.unshifted:
+        return "the graph takes exp of the scores as they are, and overflows where the call does not"
+    if site.spec.dropout:
+        return f"dropout {site.spec.dropout:g} stays, with other random numbers than before"
+    return ""
 
 
 def describe(site: Site, *, gradient: bool) -> SiteMeta:
@@ -209,7 +189,8 @@ def describe(site: Site, *, gradient: bool) -> SiteMeta:
     held = emit.operands(site, site.spec, values, emit.lengths(site, values))
     device = emit.leaves(site)[0].meta["val"].device
     metas = {name: TensorMeta(tuple(t.shape), t.dtype, device) for name, t in held.items()}
-    return SiteMeta(site.spec, metas, gradient)
+    otherwise = tuple(describe(other, gradient=gradient) for other in site.otherwise)
+    return SiteMeta(site.spec, metas, gradient, otherwise)
 
 
 def _hinted(value: Any) -> Any:
@@ -231,7 +212,8 @@ def _draft(site: Site, meta: SiteMeta, choice: policy.Choice) -> SiteReport:
     before = eager_cost(meta)
     after = choice.kernel.cost(replace(meta, spec=choice.spec)) if choice.kernel else None
     return SiteReport(
-        family=site.spec.family, verdict="refused", spec=str(choice.spec), kernel=getattr(choice.kernel, "name", None),
+        family=site.spec.family, verdict="refused", spec=spec_text(site, site.spec if choice.exact else choice.spec),
+        kernel=getattr(choice.kernel, "name", None),
         exact=choice.exact, reason=choice.reason, nearest_rule=site.rule, bytes_before=before["bytes"],
         flops_before=before["flops"], bytes_after=after.bytes if after else None,
         flops_after=after.flops if after else None, **locate.where(site.root),

@@ -38,17 +38,23 @@ def is_quarantined(kernel: str, spec: AttentionSpec) -> bool:
 
 
 def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choice:
-    """The cheapest kernel that states the site exactly, or the approximation that the user named."""
+    """The cheapest kernel that states the site exactly, or the approximation that the user named.
+
+    A kernel may serve the site in other words (`site.otherwise`) where it cannot use what is proven of the mask, or
+    where reading a tensor that the graph holds anyway costs less than building the mask anew.
+    """
     allowed = [kernel for kernel in kernels if _is_allowed(kernel, options)]
     if options.assume_causal and has_opaque(site.spec.mask):
         waived = replace(site.spec, mask=assumed_causal(site.spec.mask), empty_row=EmptyRow.NEVER)
-        chosen = choose(replace(site, spec=waived), kernels, replace(options, assume_causal=False))
+        chosen = choose(
+            replace(site, spec=waived, otherwise=()), kernels, replace(options, assume_causal=False)
+        )
         return _noted(
             replace(chosen, exact=False), "its mask could not be proven and is taken as causal, on your word"
         )
     wanted = _approximation(site, options)
     if isinstance(wanted, AttentionSpec):
-        chosen = _serve(replace(site, spec=wanted), allowed, exact=False)
+        chosen = _serve(replace(site, spec=wanted, otherwise=()), allowed, exact=False)
         if chosen.kernel is not None:
             return chosen
         return _noted(
@@ -114,17 +120,19 @@ def _sparse(site: SiteMeta, options: Options) -> AttentionSpec | str:
 
 
 def _serve(site: SiteMeta, kernels: Iterable[Kernel], *, exact: bool) -> Choice:
-    able, reasons = [], []
+    able: list[tuple[Kernel, SiteMeta]] = []
+    reasons = []
     for kernel in kernels:
-        reason = _refusal(kernel, site, exact=exact)
-        if reason is None:
-            able.append(kernel)
-        elif reason:
-            reasons.append(f"{kernel.name}: {reason}")
+        for words in (site, *site.otherwise):
+            reason = _refusal(kernel, words, exact=exact)
+            if reason is None:
+                able.append((kernel, words))
+            elif reason and words is site:
+                reasons.append(f"{kernel.name}: {reason}")
     if not able:
         return Choice(None, site.spec, "; ".join(reasons) or "no kernel is allowed", exact)
-    best = min(able, key=lambda kernel: (kernel.cost(site).effort, kernel.name))
-    return Choice(best, site.spec, "", exact)
+    kernel, words = min(able, key=lambda pair: (pair[0].cost(pair[1]).effort, pair[0].name))
+    return Choice(kernel, words.spec, "", exact)
 
 
 def _refusal(kernel: Kernel, site: SiteMeta, *, exact: bool) -> str | None:

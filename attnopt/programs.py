@@ -6,16 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputSpec
 from torch.fx import GraphModule, Node
 
 from attnopt.approximation import measure
 from attnopt.backend import check_strict, keep, rewrite_graph
+from attnopt.breaks import Listener
+from attnopt.buffers import offer
 from attnopt.errors import UnsupportedError
 from attnopt.options import Options
 from attnopt.report import Report, merge
+from attnopt.report_text import count, summary
 from attnopt.shadow import CONSTANT
 
 Settings = Mapping[str, object] | Options | None
@@ -90,15 +92,30 @@ def explain(model: Callable[..., Any], *args: Any, options: Settings = None, **k
     found: list[Report] = []
 
     def look(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        del inputs
+        offer(module, inputs)
         found.append(rewrite_graph(copy.deepcopy(module), chosen, gradient=torch.is_grad_enabled())[0])
         return module.forward
 
-    before = dict(counters["graph_break"])
-    torch._dynamo.reset()
-    torch.compile(model, backend=look)(*args, **kwargs)
-    breaks = tuple(r.splitlines()[0] for r, n in counters["graph_break"].items() if n > before.get(r, 0))
-    report = replace(merge(found), graph_breaks=breaks)
+    torch._dynamo.reset()  # forgets the earlier breaks too
+    listener = Listener()
+    with _Noted(found):
+        torch.compile(model, backend=look)(*args, **kwargs)
+    report = replace(merge(found), graph_breaks=listener.heard())
     if chosen.strict:
         check_strict(report)
     return report
+
+
+class _Noted:
+    """A block that runs the user's model: what it raises gets a note of what had been seen until then."""
+
+    def __init__(self, found: list[Report]) -> None:
+        self.found = found
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            seen = f"{count(len(self.found), 'graph')}: {summary(merge(self.found))}"
+            error.add_note(f"attnopt was explaining this model; until then it had seen {seen}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from attnopt.rule import Kernel, Rule
+from attnopt.shadow import Expansions
 
 
 @cache
@@ -22,6 +23,15 @@ def rules() -> tuple[Rule, ...]:
         importlib.import_module(f"attnopt.passes.{m.name}") for m in pkgutil.iter_modules(passes.__path__)
     )
     return tuple(sorted((m.RULE for m in found if hasattr(m, "RULE")), key=lambda rule: rule.name))
+
+
+@cache
+def expansions() -> Expansions:
+    """Every operator that a module in passes/ spells out (`EXPANSIONS`), with how."""
+    passes = importlib.import_module("attnopt.passes")
+    names = sorted(m.name for m in pkgutil.iter_modules(passes.__path__))
+    found = (importlib.import_module(f"attnopt.passes.{name}") for name in names)
+    return {target: how for module in found for target, how in getattr(module, "EXPANSIONS", {}).items()}
 
 
 @cache

@@ -38,6 +38,7 @@ class SiteReport:
     flops_before: float | None = None
     flops_after: float | None = None
     origin: int = 0  # index in Report.graphs
+    advice: str = ""  # what would make a site that was left alone work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

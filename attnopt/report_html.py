@@ -9,7 +9,8 @@ from typing import get_args
 
 from attnopt.errors import MissingError
 from attnopt.report import GraphReport, Report, SiteReport, Verdict
-from attnopt.report_text import Group, check_text, count, group, totals
+from attnopt.report_groups import Group, group
+from attnopt.report_text import check_text, count, summary, why
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
@@ -85,20 +86,34 @@ def _context(report: Report) -> dict[str, object]:
     return {
         "report": report,
         "headline": f"{len(done)} of {count(len(report.attention), 'attention site')} rewritten",
-        "totals": totals(report),
+        "totals": summary(report),
         "facts": list(_facts(report)),
         "verdicts": get_args(Verdict),
         "glyphs": _GLYPHS,
-        "pictures": [_picture(report, index) for index in range(len(report.graphs))],
+        "pictures": [_picture(report, index) for index in _drawn(report)],
+        "others": _others(report),
         "sections": _sections(report),
         "settings": [*_settings(report)],
     }
 
 
+def _others(report: Report) -> str:
+    """The graphs that are not drawn, in a few words."""
+    others = len(report.graphs) - len(_drawn(report))
+    return f"{count(others, 'graph')} without attention" if others else ""
+
+
+def _drawn(report: Report) -> list[int]:
+    """The graphs that hold sites; a report from a file may name graphs that it does not have."""
+    held = {site.origin for site in report.sites}
+    return [index for index in range(len(report.graphs)) if index in held]
+
+
 def _sections(report: Report) -> list[Section]:
     return [
         Section("Left alone", group(report.having("refused", "quarantined")), open=True),
-        Section("Served", group(report.having("rewritten", "kept"))),
+        Section("Rewritten", group(report.having("rewritten"))),
+        Section("Kept as they are", group(report.having("kept"))),
         Section("Looked like attention and is not", group(report.having("rejected"))),
     ]
 
@@ -127,13 +142,14 @@ def _details(found: Group) -> Iterator[tuple[str, str]]:
     """What is known of a group, without what is empty."""
     site = found.first
     told = [
-        ("reason", site.reason),
+        ("reason", why(site) if site.verdict in ("refused", "quarantined") else site.reason),
+        ("what would help", site.advice),
         ("computes", site.spec),
         ("source", site.where),
         ("nearest rule", site.nearest_rule),
-        ("stopped at", site.node),
-        ("bytes", _change(found.sites, "bytes")),
-        ("flops", _change(found.sites, "flops")),
+        ("stopped at", found.node),
+        ("bytes", _change(found.sites, "bytes") if site.verdict == "rewritten" else ""),
+        ("flops", _change(found.sites, "flops") if site.verdict == "rewritten" else ""),
         ("modules", ", ".join(s.module for s in found.sites if s.module) if len(found.sites) > 1 else ""),
     ]
     return ((name, value) for name, value in told if value)

@@ -182,7 +182,7 @@ _SITE: Mapping[str, Reader] = MappingProxyType(
     {
         "family": partial(_one_of, get_args(Family)),
         "verdict": partial(_one_of, get_args(Verdict)),
-        **dict.fromkeys(("spec", "where", "module", "reason", "node", "code"), _text),
+        **dict.fromkeys(("spec", "where", "module", "reason", "node", "code", "advice"), _text),
         **dict.fromkeys(("kernel", "nearest_rule"), partial(_optional, _text)),
         "exact": _truth,
         **dict.fromkeys(("error", "approximation_error"), _AMOUNT),

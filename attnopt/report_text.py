@@ -1,60 +1,44 @@
-"""The report as a plain table of at most 100 columns; no colour, no terminal needed."""
+"""The report as plain text, 100 columns wide or as wide as asked; no colour, no terminal needed."""
 
-import math
-import re
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from attnopt.report import Report, SiteReport
+from attnopt.report_groups import Group, group, worst
 
-WIDTH = 100
+WIDTH, NARROWEST = 100, 72
 _INDENT = "     "
-_CALL, _VERDICT, _CHECK = 48, 12, 16  # widths of the columns that follow the count
+_COUNT, _VERDICT, _CHECK, _KERNEL = 5, 12, 16, 16  # widths of columns; the rest is for the name of the site
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sites that differ only in where in the model they sit."""
-
-    first: SiteReport
-    sites: tuple[SiteReport, ...]
-
-    @property
-    def modules(self) -> str:
-        """The module paths in one expression: `layers.{0-29}.attn`."""
-        return fold_paths([site.module for site in self.sites])
-
-    @property
-    def error(self) -> float | None:
-        """The worst error of the checks, or None if some site was not checked."""
-        return worst(site.error for site in self.sites)
-
-    @property
-    def approximation_error(self) -> float | None:
-        """The worst measured distance of the approximation from the original."""
-        return worst(site.approximation_error for site in self.sites)
-
-
-def render(report: Report) -> str:
-    """The table: sites that are served, sites left alone with the reason, what is not attention, totals."""
+def render(report: Report, width: int = WIDTH) -> str:
+    """Sites that are rewritten, kept, left alone with the reason, or no attention; breaks, warnings, totals."""
+    page = _Page(max(width, NARROWEST))
     blocks = [
-        _served(report.having("rewritten", "kept")),
-        _left_alone(report.having("refused", "quarantined")),
-        _not_attention(report.having("rejected")),
-        _listed("graph breaks", report.graph_breaks),
-        _listed("warnings", report.warnings),
-        totals(report),
+        page.rewritten(report.having("rewritten")),
+        page.kept(report.having("kept")),
+        page.left_alone(report.having("refused", "quarantined")),
+        page.not_attention(report.having("rejected")),
+        page.listed("graph breaks (an attention that spans one cannot be found)", report.graph_breaks),
+        page.listed("warnings", report.warnings),
+        page.wrap(summary(report), "", ""),
     ]
     return _printable("\n\n".join(block for block in blocks if block))
 
 
 def totals(report: Report) -> str:
+    """What happened, in one sentence, broken into lines."""
+    return _Page(WIDTH).wrap(summary(report), "", "")
+
+
+def summary(report: Report) -> str:
     """What happened, in one sentence."""
     done, found = report.having("rewritten"), report.attention
     if not found:
-        head = "no attention found"
+        nodes = sum(graph.nodes_before for graph in report.graphs)
+        seen = f" in {count(len(report.graphs), 'graph')} of {count(nodes, 'node')}" if report.graphs else ""
+        head = f"no attention found{seen}"
     else:
         approximate = sum(not site.exact for site in done)
         head = f"{len(done)} of {count(len(found), 'attention site')} rewritten"
@@ -62,53 +46,9 @@ def totals(report: Report) -> str:
         head += "".join(
             f", {len(sites)} {name}" for name in ("kept", "quarantined") if (sites := report.having(name))
         )
-    facts = [
-        head,
-        _checked(done),
-        count(len(report.graph_breaks), "graph break"),
-        f"{report.total_seconds:.1f} s",
-    ]
-    return _wrap("; ".join(fact for fact in facts if fact), "", "")
-
-
-def group(sites: Iterable[SiteReport]) -> list[Group]:
-    """Equal sites together, in the order in which each kind first appears."""
-    found: dict[SiteReport, list[SiteReport]] = {}
-    for site in sites:
-        found.setdefault(_alike(site), []).append(site)
-    return [Group(members[0], tuple(members)) for members in found.values()]
-
-
-def fold_paths(paths: Sequence[str]) -> str:
-    """Paths that differ in one number as one: `a.0.b`, `a.1.b` give `a.{0-1}.b`; else the first and the last."""
-    distinct = list(dict.fromkeys(path for path in paths if path))
-    if len(distinct) <= 1:
-        return "".join(distinct)
-    split = [re.split(r"(\d+)", path) for path in distinct]
-    spots = [i for i, parts in enumerate(zip(*split, strict=False)) if len({*parts}) > 1]
-    if len({len(parts) for parts in split}) != 1 or len(spots) != 1 or not spots[0] % 2:
-        return f"{distinct[0]} ... {distinct[-1]}"
-    numbers = sorted(int(parts[spots[0]]) for parts in split)
-    return "".join([*split[0][: spots[0]], f"{{{fold_numbers(numbers)}}}", *split[0][spots[0] + 1 :]])
-
-
-def fold_numbers(numbers: Sequence[int]) -> str:
-    """`0-5` for 0..5, `0,2..10` for even steps, else all of them."""
-    steps = {b - a for a, b in pairwise(numbers)}
-    if steps == {1}:
-        return f"{numbers[0]}-{numbers[-1]}"
-    if len(steps) == 1 and len(numbers) > 2:
-        return f"{numbers[0]},{numbers[1]}..{numbers[-1]}"
-    return ",".join(map(str, numbers))
-
-
-def worst(errors: Iterable[float | None]) -> float | None:
-    """The largest; None if there is none or one is unknown; NaN if one is NaN."""
-    values = list(errors)
-    known = [error for error in values if error is not None]
-    if not known or len(known) != len(values):
-        return None
-    return math.nan if any(map(math.isnan, known)) else max(known)
+    breaks = count(len(report.graph_breaks), "graph break")
+    facts = [head, _checked(done), breaks, f"{report.total_seconds:.1f} s"]
+    return "; ".join(fact for fact in facts if fact)
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -126,72 +66,12 @@ def check_text(group: Group) -> str:
     return "unverified" if group.error is None else f"{group.error:.1e}"
 
 
-def _alike(site: SiteReport) -> SiteReport:
-    """The site without what tells equal sites apart."""
-    return replace(site, module="", node="", origin=0, error=None, approximation_error=None)
-
-
-def _served(sites: Sequence[SiteReport]) -> str:
-    if not sites:
-        return ""
-    head = _row("", "attention site", "verdict", "check", "kernel")
-    return "\n".join([head, "-" * WIDTH, *(line for found in group(sites) for line in _served_group(found))])
-
-
-def _served_group(found: Group) -> list[str]:
-    site = found.first
-    name = found.modules or site.where
-    place = f"at {site.where}" if found.modules else ""
-    details = "  ".join(part for part in (site.spec, place) if part)
-    row = _row(
-        f"{len(found.sites)}x", _shorten(name, _CALL), site.verdict, check_text(found), site.kernel or "-"
-    )
-    noted = (
-        site.reason if site.verdict == "rewritten" else ""
-    )  # a waiver, or why an approximation was not used
-    return [row, *(_wrap(text, _INDENT, _INDENT) for text in (details, noted) if text)]
-
-
-def _row(number: str, name: str, verdict: str, check: str, kernel: str) -> str:
-    name = _shorten(name, _CALL)
-    row = f"{number:<5}{name:<{_CALL}} {verdict:<{_VERDICT}} {check:<{_CHECK}} "
-    return (row + _shorten(kernel, WIDTH - len(row))).rstrip()
-
-
-def _left_alone(sites: Sequence[SiteReport]) -> str:
-    if not sites:
-        return ""
-    return "\n".join(
-        [
-            f"left alone: {count(len(sites), 'site')}",
-            "-" * WIDTH,
-            *(_refusal(found) for found in group(sites)),
-        ]
-    )
-
-
-def _refusal(found: Group) -> str:
-    site = found.first
-    lines = [
-        f"{len(found.sites)}x".ljust(5) + "  ".join(part for part in (site.where, found.modules) if part)
-    ]
-    if site.code:
-        lines.append(_INDENT + _shorten(" ".join(site.code.split()), WIDTH - len(_INDENT)))
-    lines.append(_wrap(f"{site.verdict}: {site.reason or 'no reason given'}", _INDENT, _INDENT + "  "))
-    hints = [("read so far", site.spec), ("nearest rule", site.nearest_rule), ("stopped at", site.node)]
-    told = "; ".join(f"{name}: {value}" for name, value in hints if value)
-    return "\n".join([*lines, *([_wrap(told, _INDENT, _INDENT + "  ")] if told else [])])
-
-
-def _not_attention(sites: Sequence[SiteReport]) -> str:
-    if not sites:
-        return ""
-    rows = [f"{len(found.sites)}x {found.first.where}: {found.first.reason}" for found in group(sites)]
-    return "\n".join(["looked like attention and is not:", *(_wrap(row, "  ", _INDENT) for row in rows)])
-
-
-def _listed(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"{title}:", *(_wrap(line, "  ", _INDENT) for line in lines)]) if lines else ""
+def why(site: SiteReport) -> str:
+    """The reason for which a site was left alone, with how far it came."""
+    reason = site.reason or "no reason given"
+    if site.error is not None:
+        return f"the check disagreed: {reason}"
+    return f"it was read, but no kernel serves it: {reason}" if site.spec else reason
 
 
 def _checked(done: Sequence[SiteReport]) -> str:
@@ -200,6 +80,98 @@ def _checked(done: Sequence[SiteReport]) -> str:
     unverified = len(done) - len(errors)
     checked = f"checked in fp64, worst row error {worst(errors):.0e}" if errors else ""
     return ", ".join(part for part in (checked, f"{unverified} unverified" if unverified else "") if part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """Lays out blocks of text; width: columns."""
+
+    width: int
+
+    @property
+    def rule(self) -> str:
+        return "-" * self.width
+
+    def rewritten(self, sites: Sequence[SiteReport]) -> str:
+        """The table of what was done."""
+        if not sites:
+            return ""
+        head = self.row("", "attention site", "verdict", "check", "kernel")
+        return "\n".join([head, self.rule, *(line for found in group(sites) for line in self._done(found))])
+
+    def kept(self, sites: Sequence[SiteReport]) -> str:
+        """What is served well as it is."""
+        return self.block(f"kept as they are: {count(len(sites), 'site')}", map(self._kept, group(sites)))
+
+    def left_alone(self, sites: Sequence[SiteReport]) -> str:
+        """What was not rewritten, with the line, the reason and what would help."""
+        return self.block(f"left alone: {count(len(sites), 'site')}", map(self._refusal, group(sites)))
+
+    def not_attention(self, sites: Sequence[SiteReport]) -> str:
+        """What only looked like attention, in a line each: nothing to do about it."""
+        rows = [
+            f"{len(f.sites)}x {f.first.where}{f'  {f.modules}' if f.modules else ''}: {f.first.code or f.first.reason}"
+            for f in group(sites)
+        ]
+        return self.listed("looked like attention and is not", rows)
+
+    def block(self, title: str, entries: "Sequence[str] | map[str]") -> str:
+        """A title, a rule, and the entries; nothing without entries."""
+        held = list(entries)
+        return "\n".join([title, self.rule, *held]) if held else ""
+
+    def listed(self, title: str, lines: Sequence[str]) -> str:
+        """A title and a list."""
+        return "\n".join([f"{title}:", *(self.wrap(line, "  ", _INDENT) for line in lines)]) if lines else ""
+
+    def _done(self, found: Group) -> list[str]:
+        site = found.first
+        place = f"at {site.where}" if found.modules else ""
+        details = "  ".join(part for part in (site.spec, place) if part)
+        number, name = f"{len(found.sites)}x", found.modules or site.where
+        row = self.row(number, name, site.verdict, check_text(found), site.kernel or "-")
+        # The reason is a waiver here, or why an approximation was not used.
+        return [row, *(self.wrap(text, _INDENT, _INDENT) for text in (details, site.reason) if text)]
+
+    def _kept(self, found: Group) -> str:
+        site = found.first
+        details = "; ".join(part for part in (site.spec, site.kernel or "", site.reason) if part)
+        return "\n".join([self._place(found), self.wrap(details, _INDENT, _INDENT)])
+
+    def _refusal(self, found: Group) -> str:
+        site = found.first
+        lines = [self._place(found)]
+        if site.code:
+            lines.append(_INDENT + _shorten(site.code, self.width - len(_INDENT)))
+        lines.append(self.wrap(f"{site.verdict}: {why(site)}", _INDENT, _INDENT + "  "))
+        if site.advice:
+            lines.append(self.wrap(f"what would help: {site.advice}", _INDENT, _INDENT + "  "))
+        hints = [
+            ("read as" if site.error is not None else "read so far", site.spec),
+            ("nearest rule", site.nearest_rule),
+            ("stopped at", found.node),
+        ]
+        told = "; ".join(f"{name}: {value}" for name, value in hints if value)
+        return "\n".join([*lines, *([self.wrap(told, _INDENT, _INDENT + "  ")] if told else [])])
+
+    def _place(self, found: Group) -> str:
+        place = f"{f'{len(found.sites)}x':<{_COUNT}}{found.first.where}"
+        left = self.width - len(place) - 2
+        return (
+            f"{place}  {_shorten(found.modules, left)}".rstrip() if left > 10 else _shorten(place, self.width)
+        )
+
+    def row(self, number: str, name: str, verdict: str, check: str, kernel: str) -> str:
+        """One line of the table of rewritten sites."""
+        wide = self.width - _COUNT - _VERDICT - _CHECK - _KERNEL - 3
+        row = f"{number:<{_COUNT}}{_shorten(name, wide):<{wide}} {verdict:<{_VERDICT}} {check:<{_CHECK}} "
+        return (row + _shorten(kernel, self.width - len(row))).rstrip()
+
+    def wrap(self, text: str, first: str, rest: str) -> str:
+        """A paragraph."""
+        return textwrap.fill(
+            text, self.width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+        )  # fmt: skip
 
 
 def _shorten(text: str, width: int) -> str:
@@ -214,14 +186,3 @@ def _shorten(text: str, width: int) -> str:
 def _printable(text: str) -> str:
     """Without control characters: a report may come from a file, and a terminal obeys them."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-
-
-def _wrap(text: str, first: str, rest: str) -> str:
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_on_hyphens=False,
-        break_long_words=True,
-    )

@@ -1,6 +1,6 @@
 """What a contributor implements: a Rule reads a graph into a Site, a Kernel computes a spec. Protocols and data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 class Reject(Exception):  # noqa: N818 - a verdict, not an error: it never reaches the user as an exception
     """Raised while reading: this is not the attention the rule reads. Carries the reason and the node that stopped it.
 
-    depth: how many facts had been established before; the report names the rule that got furthest.
+    depth: how many facts had been established before; the report names the rule that got furthest. inside: nodes that
+    belong to what was read, so that none of them is reported as an attention of its own.
     """
 
-    def __init__(self, reason: str, node: "Node | None" = None, depth: int = 0) -> None:
+    def __init__(
+        self, reason: str, node: "Node | None" = None, depth: int = 0, inside: "frozenset[Node]" = frozenset()
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.node = node
         self.depth = depth
+        self.inside = inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class SiteMeta:
     spec: AttentionSpec
     operands: Mapping[str, TensorMeta]
     gradient: bool = False  # whether autograd will go through the site
+    otherwise: "tuple[SiteMeta, ...]" = ()  # the same site with less proven of its mask and more read from tensors
 
     @property
     def device(self) -> torch.device:
@@ -105,10 +110,11 @@ class Kernel(Protocol):
     def cost(self, site: SiteMeta) -> Cost:
         """Estimate used to choose between kernels that can serve the site."""
 
-    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """The output (B, H, Sq, Dv) in q's dtype. Traced under fake tensors: no data-dependent Python.
 
-        operands: exactly `spec.operand_names()`, canonical layouts as AttentionSpec states.
+        operands: exactly `spec.operand_names()`, canonical layouts as AttentionSpec states. With `spec.final_state`
+        it returns the output and the last state (B, H, D, Dv), in at least fp32.
         """
 
 
@@ -122,6 +128,32 @@ class Site:
     operands: "Mapping[str, object]"  # name -> passes.layout.Operand: how to get each canonical operand
     result: object  # passes.layout.Layout of the root: how the canonical output becomes the root's value
     interior: "frozenset[Node]" = field(default_factory=frozenset)  # nodes that the call makes unnecessary
+    otherwise: "tuple[Site, ...]" = ()  # the same site with less proven of its mask and more read from tensors
+    unshifted: bool = (
+        False  # the graph takes exp of logits of any size, and overflows where the call does not
+    )
+    forward_only: str = ""  # why a call would have other gradients than the graph, where it would
+    needless: str = ""  # why a call would save nothing, where something else needs the inner values anyway
+    body: "tuple[Node, ...]" = ()  # what computes the root, in order, where walking up from it would not tell
+    state: "tuple[Node, object] | None" = None  # the node that is the last state, and its passes.site.Result
+    assumed: "Mapping[Node, Assumed]" = field(
+        default_factory=dict
+    )  # inputs whose values were read, not proven
+    trial: "Callable[[int], tuple[Mapping[Node, Tensor], tuple[Tensor, ...]]] | None" = (
+        None  # where a check cannot
+    )
+    # draw values itself: from a seed those of the leaves, and what the graph makes of them (root, state), in fp64
+
+
+class Assumed(Protocol):
+    """What an input of the graph holds, as a function of another input; checked whenever the graph runs."""
+
+    @property
+    def base(self) -> "Node":
+        """The other input."""
+
+    def holds(self, value: Tensor, base: Tensor) -> bool:
+        """Whether it still does, but for rounding."""
 
 
 class Rule(Protocol):

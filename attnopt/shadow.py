@@ -5,9 +5,9 @@ operators have become overloads); editing happens on the original graph. It is t
 mode, so nothing is computed and symbolic sizes stay symbolic.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,30 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.utils import _pytree as pytree
 
+from attnopt.buffers import BUFFER
 from attnopt.errors import UnsupportedError
+from attnopt.shadow_bodies import (
+    NOTHING,
+    Around,
+    body_of,
+    is_alike,
+    is_call,
+    operands,
+    placeholders,
+    region,
+    replay,
+    sub_graphs,
+)
+from attnopt.shadow_effects import mutates, reads, written
+from attnopt.shadow_triage import check_plain, check_readable
+
+__all__ = ["Expansions", "Shadow", "fake_mode", "fake_value", "mutates", "sub_graphs", "trace", "written"]
+
+#: Operator -> whether it may be spelled out with these arguments, and how.
+Expansions = Mapping[Any, tuple[Callable[..., bool], Callable[..., Any]]]
+
+#: The arguments of an autocast region, and the region.
+Region = tuple[tuple[Any, ...], torch.amp.autocast_mode.autocast]
 
 #: Key in the metadata of a graph input whose value is a constant of the program.
 CONSTANT = "attnopt_constant"
@@ -32,7 +55,7 @@ class Shadow:
     original: the graph to be edited. graph: its shadow. value_of: shadow node -> the original node whose value it is
     (the first one). outputs: original node -> its value, a pytree with shadow nodes as leaves. origin: shadow node
     -> the original node during which it was traced. live: nodes that the outputs, or a mutation, depend on. results:
-    nodes that the graph returns.
+    nodes that the graph returns. regions: call of a higher-order operator -> the autocast regions it stands in.
     """
 
     original: GraphModule
@@ -43,10 +66,11 @@ class Shadow:
     order: Mapping[Node, int]
     live: frozenset[Node]
     results: frozenset[Node]
+    regions: Mapping[Node, tuple[tuple[Any, ...], ...]] = field(default_factory=dict)
 
     def users(self, node: Node) -> list[Node]:
         """Nodes that use the value, not only its shape, and matter to the graph's outputs."""
-        return [user for user in node.users if user in self.live and _reads(user, node)]
+        return [user for user in node.users if user in self.live and reads(user, node)]
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -58,7 +82,7 @@ class Shadow:
         origin = self.origin.get(node)
         if origin is None:
             return node.op == "call_function"
-        return isinstance(origin.target, HigherOrderOperator)
+        return is_call(origin) or (origin.op == "placeholder" and node.op == "call_function")
 
 
 def fake_value(node: Node) -> Any:
@@ -66,28 +90,21 @@ def fake_value(node: Node) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
-def sub_graphs(module: GraphModule) -> Iterator[GraphModule]:
-    """The bodies of higher-order operators in `module` (checkpoints, autocast regions, branches), each once."""
-    seen: set[str] = set()
-    for node in module.graph.nodes:
-        if node.op == "get_attr" and node.target not in seen and any(_is_call(user) for user in node.users):
-            seen.add(node.target)
-            body = _attribute(module, node.target)
-            if isinstance(body, GraphModule):
-                yield body
+def trace(module: GraphModule, expansions: Expansions | None = None, around: Around = NOTHING) -> Shadow:
+    """The shadow of `module`; UnsupportedError if it cannot be traced by itself, or its inputs have no fake values.
 
-
-def trace(module: GraphModule) -> Shadow:
-    """The shadow of `module`; UnsupportedError if its placeholders carry no fake values."""
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = [fake_value(n) for n in placeholders]
-    missing = [n.name for n, value in zip(placeholders, inputs, strict=True) if value is None]
+    expansions: functions that are traced in place of operators, where their arguments allow it. around: what is known
+    of the inputs of a body, from the graph that calls it.
+    """
+    check_readable(module)
+    inputs = [fake_value(n) for n in placeholders(module)]
+    missing = [n.name for n, value in zip(placeholders(module), inputs, strict=True) if value is None]
     if missing:
         raise UnsupportedError(
             f"graph inputs {', '.join(missing)} have no example values in their metadata; attnopt reads graphs "
             "that torch.compile or torch.export made"
         )
-    recorder = _Recorder(module)
+    recorder = _Recorder(module, expansions or {}, around)
     with fake_mode(inputs), fx_traceback.preserve_node_meta():
         shadow = make_fx(recorder.record, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     return _link(module, shadow, recorder)
@@ -108,51 +125,99 @@ def fake_mode(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
     return modes[0] if modes else nullcontext()
 
 
-class _Recorder(Interpreter):
+class _Runner(Interpreter):
+    """Runs a graph with its autocast regions in force, through the bodies of higher-order operators.
+
+    regions: those in force, each with its arguments; shared with the bodies.
+    """
+
+    def __init__(self, module: GraphModule, expansions: Expansions, regions: list[Region]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.expansions = expansions
+        self.regions = regions
+
+    def enter(self, args: tuple[Any, ...]) -> Any:
+        """Begins a region: the tracer would only note the call, and values would not have their true dtypes."""
+        opened = torch.amp.autocast_mode.autocast(*args)
+        opened.__enter__()
+        self.regions.append((args, opened))
+        return opened
+
+    def leave(self, depth: int) -> None:
+        """Ends the innermost regions, until so many are left."""
+        while len(self.regions) > depth:
+            self.regions.pop()[1].__exit__(None, None, None)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:
+            return self.enter(args)
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return self.leave(len(self.regions) - 1)
+        place = body_of(args) if isinstance(target, HigherOrderOperator) else None
+        if place is not None:
+            return self._run_body(args[place], operands(args[place + 1 :]), region(target, args))
+        allowed, expansion = self.expansions.get(target, (None, None))
+        if allowed is not None and expansion is not None and allowed(*args, **kwargs):
+            return expansion(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def _run_body(self, body: GraphModule, args: list[Any], own: tuple[Any, ...] | None) -> Any:
+        depth = len(self.regions)
+        if own is not None:
+            self.enter(own)
+        value = _Runner(body, self.expansions, self.regions).run(*args)
+        self.leave(depth)
+        return value
+
+
+class _Recorder(_Runner):
     """Runs the original graph node by node and keeps each node's value."""
 
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
+    def __init__(self, module: GraphModule, expansions: Expansions, around: Around) -> None:
+        super().__init__(module, expansions, [])
+        self.around = around
+        self.inputs = placeholders(module)
         self.nodes = list(module.graph.nodes)
         self.traced: list[Node] = []
         self.spec: Any = None
         self.made: dict[Node, list[Node | None]] = {}
-        self.regions: list[torch.amp.autocast_mode.autocast] = []
+        self.standing: dict[Node, tuple[tuple[Any, ...], ...]] = {}
+        self.given: dict[Node, Any] = {}
 
     def record(self, *args: Any) -> list[Any]:
         """The values of all nodes, flattened; `traced` and `spec` say how to put them back together."""
+        self.given = dict(self._replayed(args))
         try:
+            for region_ in self.around.regions:
+                self.enter(region_)
             self.run(*args)
         finally:
-            while self.regions:
-                self.regions.pop().__exit__(None, None, None)
+            self.leave(0)
         values = [(n, self.env[n]) for n in self.nodes if n.op != "output" and n in self.env]
         values = [(n, v) for n, v in values if _is_data(v)]
         self.traced = [n for n, _ in values]
         flat, self.spec = pytree.tree_flatten([v for _, v in values])
         return flat
 
+    def _replayed(self, args: Sequence[Any]) -> Iterator[tuple[Node, Any]]:
+        """The inputs that the graph around computes from sizes, computed here once more."""
+        known: dict[Node, Any] = {}
+        for place, nodes in self.around.known.items():
+            with fx_traceback.set_current_meta(self.inputs[place]):
+                value = replay(nodes, known)
+            if is_alike(value, args[place]):
+                yield self.inputs[place], value
+
     def run_node(self, n: Node) -> Any:
+        if is_call(n):
+            self.standing[n] = tuple(args for args, _ in self.regions)
         with fx_traceback.set_current_meta(n):
             value = super().run_node(n)
+        value = self.given.get(n, value)
+        check_plain(n, value)
         # Now, not at the end: a later no-op (`x.to(x.dtype)`) hands the same tensor on under another shadow node.
         self.made[n] = [_traced_as(leaf) for leaf in pytree.tree_leaves(value)]
         return value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:
-            # The tracer would only note the call; the region must be in force for values to have their true dtypes.
-            self.regions.append(torch.amp.autocast_mode.autocast(*args))
-            self.regions[-1].__enter__()
-            return self.regions[-1]
-        if target is torch.amp.autocast_mode._exit_autocast:
-            self.regions.pop().__exit__(None, None, None)
-            return None
-        if isinstance(target, HigherOrderOperator):
-            bodies = [i for i, a in enumerate(args) if isinstance(a, GraphModule)]
-            if len(bodies) == 1 and _takes(args[bodies[0]], args[bodies[0] + 1 :]):
-                return Interpreter(args[bodies[0]]).run(*args[bodies[0] + 1 :])
-        return super().call_function(target, args, kwargs)
 
 
 def _link(module: GraphModule, shadow: GraphModule, recorder: _Recorder) -> Shadow:
@@ -170,14 +235,15 @@ def _link(module: GraphModule, shadow: GraphModule, recorder: _Recorder) -> Shad
     _copy_constants(module, shadow)
     results = _results(module, outputs)
     order = {n: i for i, n in enumerate(shadow.graph.nodes)}
-    return Shadow(module, shadow, value_of, outputs, origin, order, _live(shadow.graph, results), results)
+    live = _live(shadow.graph, results)
+    return Shadow(module, shadow, value_of, outputs, origin, order, live, results, recorder.standing)
 
 
 def _copy_constants(module: GraphModule, shadow: GraphModule) -> None:
-    placeholders = ([n for n in m.graph.nodes if n.op == "placeholder"] for m in (module, shadow))
-    for original, node in zip(*placeholders, strict=True):
-        if CONSTANT in original.meta:
-            node.meta[CONSTANT] = original.meta[CONSTANT]
+    for original, node in zip(placeholders(module), placeholders(shadow), strict=True):
+        for key in (CONSTANT, BUFFER):
+            if key in original.meta:
+                node.meta[key] = original.meta[key]
 
 
 def _results(module: GraphModule, outputs: Mapping[Node, Any]) -> frozenset[Node]:
@@ -196,57 +262,6 @@ def _live(graph: Graph, results: frozenset[Node]) -> frozenset[Node]:
     return frozenset(live)
 
 
-def _reads(user: Node, node: Node) -> bool:
-    """Whether `user` needs the elements of `node`."""
-    shape_only = _SHAPE_OF.get(user.target)
-    return shape_only is None or any(
-        arg is node for place, arg in enumerate(user.args) if place != shape_only
-    )
-
-
-#: Operations that take only shape and dtype from the argument at this place.
-_SHAPE_OF: Mapping[object, int] = {
-    torch.ops.aten.expand_as.default: 1,
-    torch.ops.aten.view_as.default: 1,
-    torch.ops.aten.reshape_as.default: 1,
-    torch.ops.aten.type_as.default: 1,
-    torch.ops.aten.to.other: 1,
-    **dict.fromkeys(
-        (
-            torch.ops.aten.sym_size.int, torch.ops.aten.zeros_like.default, torch.ops.aten.ones_like.default,
-            torch.ops.aten.full_like.default, torch.ops.aten.empty_like.default, torch.ops.aten.new_zeros.default,
-            torch.ops.aten.new_ones.default, torch.ops.aten.new_full.default, torch.ops.aten.new_empty.default,
-        ),
-        0,
-    ),
-}  # fmt: skip
-
-
-def mutates(node: Node) -> bool:
-    """Whether the node writes to one of its arguments, or has another effect."""
-    if node.op != "call_function":
-        return False
-    schema = getattr(node.target, "_schema", None)
-    return (schema is None and not _is_scalar(node)) or (schema is not None and schema.is_mutable)
-
-
-def written(node: Node) -> list[Node]:
-    """The arguments that a node writes to; all tensor arguments if it does not say."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return node.all_input_nodes
-    named = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-    targets = (
-        named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    )
-    return [n for target in targets for n in pytree.tree_leaves(target) if isinstance(n, Node)]
-
-
-def _is_scalar(node: Node) -> bool:
-    """Python arithmetic on sizes has no schema and no effect."""
-    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
-
-
 def _source(node: Node, graph: Graph) -> str | None:
     """The node of `graph` that was running; None for a node of an inlined body, whose names may repeat ours."""
     history = list(node.meta.get("from_node") or [])
@@ -263,19 +278,3 @@ def _is_data(value: Any) -> bool:
     return bool(leaves) and all(
         isinstance(x, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool) for x in leaves
     )
-
-
-def _takes(body: GraphModule, args: Sequence[Any]) -> bool:
-    """Whether the operator hands its arguments on to the body, one by one (a checkpoint does, a branch does not)."""
-    return sum(n.op == "placeholder" for n in body.graph.nodes) == len(args)
-
-
-def _is_call(node: Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, HigherOrderOperator)
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

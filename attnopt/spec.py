@@ -16,6 +16,13 @@ class EmptyRow(Enum):
     NAN = "nan"  # -inf fill and plain softmax
     ZERO = "zero"  # scaled_dot_product_attention, the safe softmax
     UNIFORM = "uniform"  # a finite fill that absorbs the score: the mean of all values
+    ABSORBED = (
+        "absorbed"  # the same, by a number added to the scores: gradients reach them, as if all were visible
+    )
+
+
+#: Those that return the mean of all values.
+MEANS = (EmptyRow.UNIFORM, EmptyRow.ABSORBED)
 
 
 class Decay(Enum):
@@ -39,6 +46,8 @@ class Normaliser:
 
     eps: float = 0.0
     floor: float | None = None
+    signed: bool = False  # max(sum(w), floor)
+    detached: bool = False  # no gradient goes through it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +84,24 @@ class AttentionSpec:
     bias: tuple[str, ...] = ()  # float operands, broadcastable to (B, H, Sq, Sk), added to the scaled scores
     softcap: float | None = None  # cap * tanh(scores / cap), before the bias
     sink_logits: bool = False  # operand sink_logits (H,): exp(z) joins each row's denominator
+    sink_per_query: bool = False  # sink_logits is (B, H, Sq): each query has its own
     decay: Decay = Decay.NONE
     normaliser: Normaliser | None = None
-    dropout: float = 0.0
+    initial_state: bool = False  # operand initial_state (B, H, D, Dv): what is known before the first key
+    final_state: bool = False  # the state after the last key is wanted too
+    dropout: float = (
+        0.0  # each weight becomes 0 with this probability, the others are divided by one minus it
+    )
     sparse: Sparse | None = None  # never read from a graph: an approximation that the user asked for
     precision: Precision = Precision()
 
     def operand_names(self) -> tuple[str, ...]:
         """Every tensor that the site reads, in order; a kernel call must read exactly these."""
         named = [*self.mask.operand_names(), *self.bias]
-        extra = [("sink_logits", self.sink_logits), ("log_decay", self.decay is not Decay.NONE)]
+        extra = [
+            ("sink_logits", self.sink_logits), ("log_decay", self.decay is not Decay.NONE),
+            ("initial_state", self.initial_state),
+        ]  # fmt: skip
         return ("q", "k", "v", *named, *(name for name, there in extra if there))
 
     def __str__(self) -> str:
@@ -105,7 +122,7 @@ def unread_fields(spec: AttentionSpec, reads: frozenset[str]) -> tuple[str, ...]
     return tuple(name for name in names if getattr(spec, name) != getattr(plain, name))
 
 
-def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901 - one line a field
+def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901, PLR0912 - one line a field
     value = getattr(spec, name)
     match name, value:
         case "scale", _:
@@ -116,7 +133,7 @@ def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901 - one line a
             return ""
         case "heads", Heads(share):
             return f"gqa={share}"
-        case "empty_row", EmptyRow.NAN | EmptyRow.ZERO | EmptyRow.UNIFORM:
+        case "empty_row", EmptyRow.NAN | EmptyRow.ZERO | EmptyRow.UNIFORM | EmptyRow.ABSORBED:
             return f"empty={value.value}"
         case "bias", (_, *_):
             return "bias" if len(value) == 1 else f"bias x{len(value)}"
@@ -128,6 +145,16 @@ def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901 - one line a
             return f"sparq(r={rank}, k={topk}, l={local})"
         case "sink_logits", True:
             return "sink logits"
-        case "normaliser", Normaliser(eps, floor):
-            return "normalised" if floor is None and eps == 0 else f"normalised(eps={eps:g}, floor={floor})"
+        case "sink_per_query", True:
+            return "per query"
+        case (("initial_state" | "final_state"), True):
+            return name.replace("_", " ")
+        case "normaliser", Normaliser():
+            return _describe_normaliser(value)
     return ""
+
+
+def _describe_normaliser(of: Normaliser) -> str:
+    said = [f"eps={of.eps:g}, floor={of.floor}"] if of.floor is not None or of.eps else []
+    said += [name for name in ("signed", "detached") if getattr(of, name)]
+    return f"normalised({', '.join(said)})" if said else "normalised"

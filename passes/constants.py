@@ -1,12 +1,14 @@
 """Numbers that a graph computes without looking at its inputs."""
 
 from collections.abc import Callable
+from math import exp, isfinite, log
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.mask_writes import writes_after
 from attnopt.shadow import CONSTANT
 
 aten = torch.ops.aten
@@ -15,71 +17,89 @@ aten = torch.ops.aten
 MAX_DEPTH = 16
 
 
-def constant(value: Any, depth: int = 0) -> float | None:
-    """`value` as a number if it is one, or if it is a one-element tensor made of constants only; else None."""
+def constant(value: Any) -> float | None:
+    """`value` as a number if it is one, or if it is a tensor without dimensions made of constants only; else None."""
+    made = value.meta.get("val") if isinstance(value, Node) else None
+    return None if isinstance(made, Tensor) and made.dim() > 0 else uniform(value)
+
+
+def uniform(value: Any, depth: int = 0) -> float | None:
+    """The number that `value` is, or that a tensor of any shape, made of constants, holds everywhere; else None."""
     if isinstance(value, bool | int | float):
         return float(value)
-    if not isinstance(value, Node) or depth > MAX_DEPTH:
-        return None
-    made = value.meta.get("val")
-    if not isinstance(made, Tensor) or made.dim() > 0:
+    if not isinstance(value, Node) or depth > MAX_DEPTH or not isinstance(value.meta.get("val"), Tensor):
         return None
     if value.op == "placeholder":
-        held = value.meta.get(CONSTANT)
-        return None if held is None else float(held)
+        return _single(value.meta.get(CONSTANT))
     if value.op == "get_attr":
-        return _attribute(value)
-    return _evaluate(value, depth)
+        return _single(getattr(value.graph.owning_module, str(value.target), None))
+    number = _evaluate(value, depth)
+    return None if number is None or writes_after(value, None) else number
 
 
-def _attribute(node: Node) -> float | None:
-    owner = node.graph.owning_module
-    held = getattr(owner, str(node.target), None)
-    if not isinstance(held, Tensor) or isinstance(held, torch.nn.Parameter) or type(held) is not Tensor:
-        return None
-    return float(held)
+def _single(held: Any) -> float | None:
+    """The one element of a tensor that no training changes."""
+    return float(held) if type(held) is Tensor and held.numel() == 1 else None
 
 
 def _evaluate(node: Node, depth: int) -> float | None:
-    if node.target in _FULL:
-        return _held(constant(node.args[1], depth + 1), node)
-    if node.target in _SAME:
-        return _held(constant(node.args[0], depth + 1), node)
+    if node.target in _HOLDS:
+        return _rounded(uniform(node.args[_HOLDS[node.target]], depth + 1), node)
     if node.target in _FIXED:
         return _FIXED[node.target]
     operation = _ARITHMETIC.get(node.target)
-    if operation is None:
+    if operation is None or node.kwargs:
         return None
-    numbers = [constant(a, depth + 1) for a in node.args]
-    if any(n is None for n in numbers):
+    numbers: list[float] = []
+    for (
+        argument
+    ) in node.args:  # one that is data ends it, so that a graph that forks is not followed everywhere
+        number = uniform(argument, depth + 1)
+        if number is None:
+            return None
+        numbers.append(number)
+    try:
+        return _rounded(operation(*numbers), node)
+    except (ZeroDivisionError, OverflowError):
         return None
-    return _rounded(operation(*numbers), node)
 
 
-def _held(value: float | None, node: Node) -> float | None:
-    return None if value is None else _rounded(value, node)
-
-
-def _rounded(value: float, node: Node) -> float:
+def _rounded(value: float | None, node: Node) -> float | None:
     """As the graph holds it: a float32 square root is not the double one."""
-    return float(torch.tensor(value, dtype=node.meta["val"].dtype))
+    dtype = node.meta["val"].dtype
+    if not isinstance(value, float) or not (dtype.is_floating_point or isfinite(value)):
+        return None
+    return float(torch.tensor(value, dtype=dtype))
 
 
-_FULL = frozenset({aten.full.default})
-_FIXED = {aten.zeros.default: 0.0, aten.ones.default: 1.0}
-_SAME = frozenset(
-    {
-        aten.scalar_tensor.default, aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default,
-        aten.to.dtype, aten.to.device, aten._to_copy.default, aten.to.dtype_layout, aten.alias.default,
-        aten.lift_fresh.default,
-        aten.detach_.default,
-    }
-)  # fmt: skip
-_ARITHMETIC: dict[object, Callable[..., float]] = {
+#: Operations that hold one of their arguments everywhere, and which one.
+_HOLDS = {
+    aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0,
+    **dict.fromkeys(
+        (
+            aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.clone.default, aten.contiguous.default,
+            aten.detach.default, aten.detach_.default, aten.alias.default, aten.to.dtype, aten.to.device, aten.to.other,
+            aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.expand.default,
+            aten.expand_as.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default,
+            aten.squeeze.default, aten.squeeze.dim,
+        ),
+        0,
+    ),
+}  # fmt: skip
+_FIXED = {
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),
+}
+_ARITHMETIC: dict[object, Callable[..., Any]] = {
     aten.sqrt.default: lambda x: x**0.5,
     aten.rsqrt.default: lambda x: x**-0.5,
     aten.reciprocal.default: lambda x: 1 / x,
     aten.neg.default: lambda x: -x,
+    aten.exp.default: exp,
+    aten.log.default: lambda x: log(x) if x > 0 else None,
+    aten.add.Tensor: lambda x, y: x + y,
+    aten.sub.Tensor: lambda x, y: x - y,
+    aten.rsub.Scalar: lambda x, y: y - x,
     aten.mul.Tensor: lambda x, y: x * y,
     aten.mul.Scalar: lambda x, y: x * y,
     aten.div.Tensor: lambda x, y: x / y,

@@ -12,7 +12,7 @@ from attnopt.rule import Reject, Site
 from attnopt.spec import AttentionSpec
 
 #: What computes a spec from canonical operands: a kernel's `run`, or the reference's.
-Run = Callable[[AttentionSpec, Mapping[str, Tensor]], Tensor]
+Run = Callable[[AttentionSpec, Mapping[str, Tensor]], Tensor | tuple[Tensor, Tensor]]
 
 Lengths = dict[Axis, Any]  # axis -> int or SymInt
 
@@ -28,20 +28,41 @@ def parts(site: Site) -> Iterator[tuple[str, Operand]]:
         if isinstance(operand, Operand):
             yield name, operand
             yield from (("factor", factor) for factor in operand.times)
+    yield from (("factor", factor) for factor in result_of(site).times)
 
 
 def call(
     site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given: Lengths | None = None
 ) -> Tensor:
-    """The root's value: operands arranged, the kernel run, its output arranged back.
+    """The root's value, as `call_all` makes it."""
+    return call_all(site, spec, run, values, given)[0]
+
+
+def ends(site: Site) -> tuple[Any, ...]:
+    """The nodes whose values the call makes: the root, and the last state where it is used."""
+    return (site.root,) if site.state is None else (site.root, site.state[0])
+
+
+def call_all(
+    site: Site, spec: AttentionSpec, run: Run, values: Sequence[Any], given: Lengths | None = None
+) -> tuple[Tensor, ...]:
+    """The values of `ends(site)`: operands arranged, the kernel run, its output arranged back.
 
     values: those of `leaves(site)`. spec: what to compute (the site's own, or an approximation of it). given:
     lengths of axes that differ from those of the graph (a check at reduced sizes).
     """
     result = result_of(site)
     sizes = lengths(site, values, given)
-    out = run(spec, operands(site, spec, values, sizes))
-    return _cast(restore(out, result, sizes), result.dtype)
+    made = run(spec, operands(site, spec, values, sizes))
+    out, *states = made if isinstance(made, tuple) else (made,)
+    held = dict(zip(leaves(site), values, strict=True))
+    out = _multiplied(out, result.times, (*result.roles.output[:-1], ()), held, sizes)
+    out = out if result.factor == 1.0 else out * result.factor
+    root = _cast(restore(out, result, sizes), result.dtype)
+    if site.state is None:
+        return (root,)
+    wanted = cast(Result, site.state[1])
+    return root, _cast(restore(states[0], wanted, sizes), wanted.dtype)
 
 
 def result_of(site: Site) -> Result:
@@ -111,6 +132,7 @@ def _split_known_sizes(left: list[tuple[Axes, Any]], known: Lengths) -> None:
 def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], sizes: Lengths) -> Tensor:
     """One operand in its canonical layout, cast and scaled."""
     value = held[operand.node]
+    value = value.logical_not() if operand.negated else value
     value = value if operand.dtype is None else _cast(value, operand.dtype)
     needed = operand.layout is not None or name.rstrip("0123456789") in (
         "q",
@@ -121,19 +143,34 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
     )
     out = _to_layout(value, operand.dims, operand.layout or roles.layout(name), sizes, expand=needed)
     out = out.log() if operand.function == "log" else out
-    beside = operand.layout or (*roles.layout(name)[:-1], ())
-    for factor in operand.times:
-        other = held[factor.node]
-        scaled = other
-        if isinstance(other, Tensor):
-            scaled = _to_layout(other, factor.dims, beside, sizes, expand=False)
-            scaled = _cast(scaled, out.dtype)
-        out = out / scaled if factor.inverse else out * scaled
+    out = _differences(out) if operand.function == "differences" else out
+    out = _multiplied(out, operand.times, operand.layout or (*roles.layout(name)[:-1], ()), held, sizes)
     if operand.factor != 1.0:
         out = out * operand.factor
     if operand.rsqrt:
         out = out * _merged(operand.rsqrt, sizes) ** -0.5
-    return out.logical_not() if operand.negated else out
+    return out - out.amax(-1, keepdim=True) if operand.function == "relative" else out
+
+
+def _differences(sums: Tensor) -> Tensor:
+    """What each element of a running sum along the last dimension adds to the one before it; 0 for the first."""
+    return torch.cat([torch.zeros_like(sums[..., :1]), sums[..., 1:] - sums[..., :-1]], -1)
+
+
+def _multiplied(
+    out: Tensor, times: Sequence[Operand], beside: Sequence[Axes], held: Mapping[Any, Any], sizes: Lengths
+) -> Tensor:
+    """`out` times some tensors, or numbers, that are laid out as `beside` says."""
+    for factor in times:
+        scaled = held[factor.node]
+        if isinstance(scaled, Tensor):
+            scaled = _to_layout(scaled, factor.dims, beside, sizes, expand=False)
+        if factor.function == "keep":
+            out = torch.where(scaled.logical_not() if factor.negated else scaled, out, 0.0)
+            continue
+        scaled = _cast(scaled, out.dtype) if isinstance(scaled, Tensor) else scaled
+        out = out / scaled if factor.inverse else out * scaled
+    return out
 
 
 def _to_layout(value: Tensor, dims: Dims, groups: Sequence[Axes], sizes: Lengths, *, expand: bool) -> Tensor:
@@ -169,12 +206,13 @@ def _merged(axes: Sequence[Axis], sizes: Lengths) -> Any:
 
 
 def restore(out: Tensor, result: Result, sizes: Lengths) -> Tensor:
-    """The kernel's output (B, H, Sq, Dv) with the dimensions of the root."""
-    flat = [a for group in result.roles.output for a in group]
+    """The kernel's output (B, H, Sq, Dv), or its state, with the dimensions of its node."""
+    layout = result.layout or result.roles.output
+    flat = [a for group in layout for a in group]
     wanted = [a for axes in result.dims for a in axes]
     if set(flat) != set(wanted):
         raise Reject("the output has other axes than the operands give")
-    out = out if _is_one_each(result.roles.output) else out.reshape([sizes[a] for a in flat])
+    out = out if _is_one_each(layout) else out.reshape([sizes[a] for a in flat])
     out = _permute(out, [flat.index(a) for a in wanted])
     return out if _is_one_each(result.dims) else out.reshape([_merged(axes, sizes) for axes in result.dims])
 

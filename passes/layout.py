@@ -6,9 +6,9 @@ around, and may show that an axis is itself a product; `Space` remembers those s
 it learns of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, cast
 
 import torch
@@ -60,10 +60,41 @@ class Space:
 def regroup(space: Space, axes: Axes, sizes: Sequence[Size], node: Node) -> Dims:
     """The same elements in the same order, as dimensions of the given sizes; splits axes where a boundary cuts one."""
     pending = list(reversed(space.leaves(axes)))
-    dims = tuple(_take(space, pending, size, node) for size in sizes)
+    try:
+        dims = tuple(_take(space, pending, size, node) for size in sizes)
+    except Reject:
+        dims = _between_equal_ends(space, space.leaves(axes), sizes)
+        if not dims:
+            raise
+        pending = []
     if pending:
         raise Reject("a view does not keep whole dimensions apart", node)
     return dims
+
+
+def _between_equal_ends(space: Space, axes: Axes, sizes: Sequence[Size]) -> Dims:
+    """What sizes do not tell, the number of elements does: between equal ends, one becomes several, or several one.
+
+    () where it does not tell either.
+    """
+    kept = [size for size in sizes if not is_one(size)]
+    tail = _equal(reversed(axes), reversed(kept))
+    head = _equal(axes[: len(axes) - tail], kept[: len(kept) - tail])
+    inner, cut = axes[head : len(axes) - tail], kept[head : len(kept) - tail]
+    if len(cut) == 1 and inner:
+        middle: Dims = (inner,)
+    elif len(inner) == 1 and cut:
+        middle = tuple((axis,) for axis in space.split(inner[0], cut))
+    else:
+        return ()
+    found = iter([*((a,) for a in axes[:head]), *middle, *((a,) for a in axes[len(axes) - tail :])])
+    return tuple(() if is_one(size) else next(found) for size in sizes)
+
+
+def _equal(axes: Iterable[Axis], sizes: Iterable[Size]) -> int:
+    """How many of the first are equal for certain."""
+    pairs = zip(axes, sizes, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: same(pair[0].size, pair[1]), pairs))
 
 
 def _take(space: Space, pending: list[Axis], size: Size, node: Node) -> Axes:

@@ -39,7 +39,16 @@ class LinearRule:
 
     name = "linear"
     anchors = frozenset(
-        {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
+        {
+            *(
+                aten.matmul.default,
+                aten.bmm.default,
+                aten.mm.default,
+                aten.baddbmm.default,
+                aten.einsum.default,
+            ),
+            aten.sum.dim_IntList,
+        }
     )
 
     def read(self, anchor: Node, shadow: Shadow) -> Site:
@@ -107,7 +116,9 @@ def _prove(found: Structure, ending: Ending, roles: Roles) -> Proven:
     # Equal but for the order in which the factors were multiplied.
     rest = 1.0 if isclose(rest, 1.0, rel_tol=1e-12) else rest
     path = (*divisor.path, *total.weighting.path)
-    return Proven(weights, summed.scale, Normaliser(divisor.eps, divisor.floor), rest, path)
+    detached = divisor.detached or total.detached
+    normaliser = Normaliser(divisor.eps, divisor.floor, divisor.signed, detached)
+    return Proven(weights, summed.scale, normaliser, rest, path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, is_copy, step_up
-from attnopt.passes.linear_product import End, Product, ends_of, product_of
+from attnopt.passes.linear_product import End, Product, ends_of, plain_product_of, product_of
+from attnopt.passes.linear_strange import reason_for
 from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.sizes import shape_of
 from attnopt.rule import Reject
@@ -76,8 +77,8 @@ class Chain:
 
 def read_chain(space: Space, node: Node, dims: Dims, here: Weighting) -> Chain:
     """From `node` upwards to a product; `here` says what the nodes below do. Raises Reject."""
-    here = replace(here, path=(*here.path, node))
     form = product_of(node)
+    here = replace(here, path=(*here.path, *(form.inner if form is not None else (node,))))
     if form is not None:
         return Chain(form, ends_of(space, form, dims), here.times(form.factor))
     if node.target in CASTS and node.meta["val"].dtype.is_floating_point and not is_copy(node):
@@ -118,6 +119,9 @@ def leads_to_product(node: Node) -> bool:
 
 
 def _above(node: Node) -> list[Node]:
+    plain = plain_product_of(node)
+    if plain is not None:
+        return [term for term, _ in plain.terms]
     if operation(node) in STEPS or operation(node) in STRANGE:
         return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     is_view = node.target in CASTS or is_copy(node) or _is_view(node)
@@ -146,10 +150,11 @@ def steps_of(node: Node, dims: Dims) -> list[Step]:
     name = operation(node)
     if name in STEPS:
         return STEPS[name](node, dims, arguments(node))
+    plain = plain_product_of(node)
+    if plain is not None:
+        return _multiplied(plain, dims)
     if name in STRANGE:
-        reason = f"{name} between Q K^T and the values: not linear in the keys"
-        first = node.args[0]
-        return _on(first, dims, lambda w: replace(w, strange=(*w.strange, (reason, node))))
+        return _on(node.args[0], dims, lambda w: replace(w, strange=(*w.strange, (reason_for(node), node))))
     return []
 
 
@@ -172,10 +177,24 @@ def _mul(node: Node, dims: Dims, held: Mapping[str, Any]) -> list[Step]:
         if number is not None:
             return _on(value, dims, lambda w, number=number: w.times(number))  # type: ignore[misc]
         if value is other:
-            return _on(value, dims, lambda w: replace(w, strange=(*w.strange, ("squared scores", node))))
+            return _on(value, dims, lambda w: replace(w, strange=(*w.strange, (reason_for(node), node))))
         if isinstance(other, Node):
             end = end_of(other, dims, node)
             found += _on(value, dims, lambda w, end=end: replace(w, factors=(*w.factors, end)))  # type: ignore[misc]
+    return found
+
+
+def _multiplied(form: Product, dims: Dims) -> list[Step]:
+    """Through each of the terms of a product that sums over nothing; the others are factors."""
+    ends, found = ends_of(Space(), form, dims), []
+    for value in ends:
+        others = tuple(end for end in ends if end is not value)
+
+        def fold(w: Weighting, others: tuple[End, ...] = others) -> Weighting:
+            path = (*w.path, *form.inner[:-1])
+            return replace(w, scale=w.scale * form.factor, factors=w.factors + others, path=path)
+
+        found.append(Step(value.node, value.dims, fold))
     return found
 
 

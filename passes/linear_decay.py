@@ -4,42 +4,17 @@ A decay given as a base, base ** (i - j), becomes log(base) * (i - j): bases are
 that a kernel gets are taken to be negative; of a negative base NaN comes out, never a wrong number.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
-from types import MappingProxyType
 
 import torch
 
 from attnopt.passes.layout import Axes
-from attnopt.passes.mask_bounds import Role
-from attnopt.passes.mask_decay import Coefficient, Const, DecayReading, Log, Negative, Read, Times
-from attnopt.passes.mask_formula import Number
-from attnopt.passes.mask_numbers import compute
-from attnopt.passes.mask_reader import At, Rule, Value
-from attnopt.passes.mask_rules import RULES
-from attnopt.passes.masks import Leaf
+from attnopt.passes.linear_coefficient import Coefficient, Const, Log, Negative, Read, Source, Times
+from attnopt.passes.linear_places import Places
+from attnopt.passes.mask_decay import DecayReading
 from attnopt.passes.site import Filled, Operand, Roles
 from attnopt.rule import Reject
-
-LN2 = log(2.0)
-
-
-def _in_base_e(function: Callable[[Number], Number]) -> Rule:
-    def rule(at: At) -> Value:
-        return at.logic.lift(function, at.numbers(at.args["self"]))
-
-    return rule
-
-
-#: The rules of masks, and powers of two in base e, so that one form of a decay has to be known.
-DECAY_RULES: Mapping[object, Rule] = MappingProxyType(
-    {
-        **RULES,
-        "exp2": _in_base_e(lambda x: compute("exp", compute("mul", x, LN2))),
-        "log2": _in_base_e(lambda x: compute("div", compute("log", x), LN2)),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +22,8 @@ class Monomial:
     """factor * (product of tensors) * (product of logarithms of tensors)."""
 
     factor: float = 1.0
-    plain: tuple[Leaf, ...] = ()
-    logs: tuple[Leaf, ...] = ()
+    plain: tuple[Source, ...] = ()
+    logs: tuple[Source, ...] = ()
 
     def times(self, other: "Monomial") -> "Monomial":
         """The product of both."""
@@ -57,8 +32,8 @@ class Monomial:
 
 def log_decay_operand(reading: DecayReading, roles: Roles) -> Operand | Filled:
     """Operand `log_decay`, (H,) or (B, H, Sq), in at least fp32. Raises Reject."""
-    if reading.log_decay is None or reading.cumulative:
-        raise Reject("the running sum of log decays is at hand, but not the log decays themselves")
+    if reading.log_decay is None:
+        raise Reject("there is no decay")
     layout = (roles.heads,) if reading.kind == "per_head" else (roles.batch, roles.heads, roles.query)
     found = monomial(reading.log_decay)
     tensors = [*((leaf, True) for leaf in found.logs), *((leaf, False) for leaf in found.plain)]
@@ -67,6 +42,8 @@ def log_decay_operand(reading: DecayReading, roles: Roles) -> Operand | Filled:
     (first, is_log), *rest = tensors
     if any(also_log for _, also_log in rest):
         raise Reject("the decay is a product of logarithms", first.node)
+    if reading.cumulative and is_log:
+        raise Reject("the running sum of log decays is a logarithm", first.node)
     times = tuple(Operand(leaf.node, _dims(leaf, roles)) for leaf, _ in rest)
     dtype = torch.promote_types(first.node.meta["val"].dtype, torch.float32)
     return Operand(
@@ -75,7 +52,7 @@ def log_decay_operand(reading: DecayReading, roles: Roles) -> Operand | Filled:
         found.factor,
         times,
         dtype=dtype,
-        function="log" if is_log else "",
+        function="differences" if reading.cumulative else "log" if is_log else "",
         layout=layout,
     )
 
@@ -104,12 +81,6 @@ def _log(found: Monomial) -> Monomial:
     raise Reject("the decay is the logarithm of more than one tensor of the graph")
 
 
-def _dims(leaf: Leaf, roles: Roles) -> tuple[Axes, ...]:
-    axes: dict[Role | None, Axes] = {
-        None: (),
-        "b": roles.batch,
-        "h": roles.heads,
-        "i": roles.query,
-        "j": roles.key,
-    }
-    return tuple(axes[role] for role in leaf.roles)
+def _dims(leaf: Source, roles: Roles) -> tuple[Axes, ...]:
+    axes = Places(roles).axes
+    return tuple(() if role is None else axes[role] for role in leaf.roles)

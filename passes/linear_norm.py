@@ -19,13 +19,15 @@ from attnopt.rule import Reject
 class Divisor:
     """factor * (sum + eps), or factor * max(|sum|, floor); what `sum` holds is still to be read.
 
-    path: the nodes between the division and the sum.
+    signed: max(sum, floor). detached: no gradient goes through it. path: the nodes between the division and the sum.
     """
 
     sum: End
     factor: float = 1.0
     eps: float = 0.0
     floor: float | None = None
+    signed: bool = False
+    detached: bool = False
     path: tuple[Node, ...] = ()
 
     @property
@@ -72,6 +74,8 @@ def _step(space: Space, node: Node, dims: Dims, found: Divisor) -> tuple[Node, D
         return None
     if node.target in CASTS and node.meta["val"].dtype.is_floating_point:
         return node.args[0], dims, found  # type: ignore[return-value]
+    if operation(node) == "detach":
+        return node.args[0], dims, replace(found, detached=True)  # type: ignore[return-value]
     try:
         moved = step_up(space, node, dims)
     except Reject:
@@ -113,9 +117,11 @@ def _larger(held: Mapping[str, Any], found: Divisor) -> Inner | None:
 
 
 def _floored(source: Node, floor: float | None, found: Divisor) -> Inner | None:
-    """max(|sum|, floor): without the absolute value it is something else."""
-    if floor is None or operation(source) not in ("abs", "absolute"):
+    """max(|sum|, floor), or max(sum, floor)."""
+    if floor is None:
         return None
+    if operation(source) not in ("abs", "absolute"):
+        return source, replace(found, floor=floor, signed=True)
     inner: Node = source.args[0]  # type: ignore[assignment]
     return inner, replace(found, floor=floor, path=(*found.path, source))
 

@@ -52,6 +52,12 @@ class Trio:
         """Queries, keys and values."""
         return self.q, self.k, self.v
 
+    @property
+    def gates(self) -> tuple[Base, ...]:
+        """Other tensors that vary along features: the state is multiplied by a vector, or a matrix."""
+        features = {*self.d, *self.dv}
+        return tuple(base for base in self.others if base.axes & features)
+
 
 def trios(space: Space, ends: Sequence[End], out: Dims, weighed: Callable[[], frozenset[Axis]]) -> list[Trio]:
     """Every reading of a product with these tensors and this output; `weighed`: axes of what is done to the weights."""
@@ -62,7 +68,8 @@ def trios(space: Space, ends: Sequence[End], out: Dims, weighed: Callable[[], fr
     ]
     order, also = flat(space, out), weighed()
     found = (_trio(order, chosen) for chosen in permutations(bases) if _is_in_order(bases, chosen[3:]))
-    return [t for t in found if t is not None and also <= {*t.shared, *t.alone, *t.key}]
+    fitting = [t for t in found if t is not None and also <= {*t.shared, *t.alone, *t.key}]
+    return [t for t in fitting if not t.gates] or fitting
 
 
 def _is_in_order(bases: Sequence[Base], others: Sequence[Base]) -> bool:
@@ -85,7 +92,7 @@ def _trio(order: Axes, chosen: Sequence[Base]) -> Trio | None:
         and k.axes == shared | key | d
         and v.axes == shared | key | dv
         and out == shared | alone | dv
-        and rest <= shared | alone | key
+        and rest <= shared | alone | key | d | dv
     )
     if not fits:
         return None

@@ -9,13 +9,18 @@ from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Axis, Dims, Space, step_down
 from attnopt.passes.linear_chain import Gate, Weighting, end_of, leads_to_product, read_chain
 from attnopt.passes.linear_norm import Divisor, inverse_of, read_divisor
-from attnopt.passes.linear_product import End, Product, ends_of, product_of
+from attnopt.passes.linear_product import End, Product, ends_of, plain_product_of, product_of
 from attnopt.passes.linear_roles import Trio, cheapest, is_weight, trios
 from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.site import flat
 from attnopt.passes.sizes import shape_of
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
+
+#: Depth of a Reject once queries, keys and values are told apart: what else reads the same product got less far.
+PROVEN = 10
+
+_PER_FEATURE = "a gate for each feature: the state is multiplied by a vector, which no kernel states yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ def _structure(shadow: Shadow, form: Product, place: int | None) -> Structure | 
     """With the term at `place` expanded to the product that it holds."""
     space = Space()
     out = tuple(space.fresh(size) for size in shape_of(form.node))
-    ends, weighting = list(ends_of(space, form, out)), Weighting(form.factor)
+    ends, weighting = list(ends_of(space, form, out)), Weighting(form.factor, path=form.inner)
     try:
         if place is not None:
             inner = ends.pop(place)
@@ -72,8 +77,11 @@ def _structure(shadow: Shadow, form: Product, place: int | None) -> Structure | 
     scale = weighting.scale
     for base in (*trio.bases, *trio.others):
         scale *= base.factor
-    weighting = replace(weighting, scale=scale, factors=weighting.factors + others)
-    depth = 1 if _is_plainly_attention(shadow, trio) else -1
+    strange = tuple((_PER_FEATURE, base.node) for base in trio.gates)
+    weighting = replace(
+        weighting, scale=scale, factors=weighting.factors + others, strange=weighting.strange + strange
+    )
+    depth = PROVEN if _is_plainly_attention(shadow, trio) else -1
     return Structure(space, form.node, out, trio, weighting, depth)
 
 
@@ -142,6 +150,9 @@ def _division_below(space: Space, shadow: Shadow, found: Structure) -> Ending | 
 
 def _division(space: Space, user: Node, node: Node, dims: Dims) -> Divisor | None:
     """`user` as node / divisor."""
+    plain = plain_product_of(user)
+    if plain is not None and len(plain.terms) == 2 and node in dict(plain.terms):
+        return _division_by_einsum(space, plain, node, dims)
     if operation(user) not in ("div", "mul") or shape_of(user) != shape_of(node):
         return None
     held = arguments(user)
@@ -152,6 +163,15 @@ def _division(space: Space, user: Node, node: Node, dims: Dims) -> Divisor | Non
     if operation(user) == "mul":
         return inverse_of(space, end)
     return read_divisor(space, end) if held["self"] is node and not held.get("rounding_mode") else None
+
+
+def _division_by_einsum(space: Space, plain: Product, node: Node, dims: Dims) -> Divisor | None:
+    """An einsum without a sum that multiplies `node`, element by element, by the inverse of a divisor."""
+    (first, mine), (other, letters) = sorted(plain.terms, key=lambda term: term[0] is not node)
+    if first is not node or other is node or mine != plain.out or plain.factor != 1.0:
+        return None
+    known = dict(zip(mine, dims, strict=True))
+    return inverse_of(space, End(other, tuple(known[x] for x in letters), plain.node))
 
 
 def _moved(space: Space, user: Node, node: Node, dims: Dims) -> Dims | None:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from attnopt.passes.layout import CASTS, Axes, Axis, Dims, Space, input_node, step_up
 from attnopt.passes.linear_chain import STRANGE, Triangle, Weighting, end_of, steps_of
-from attnopt.passes.linear_product import End, ends_of, product_of
+from attnopt.passes.linear_product import End, ends_of, plain_product_of, product_of
 from attnopt.passes.linear_roles import Base, Trio
 from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.sizes import shape_of
@@ -21,14 +21,18 @@ LONGEST = 48
 
 @dataclass(frozen=True, slots=True)
 class RowSum:
-    """sum over the axes `summed` of the product of `ends`, under `weighting`."""
+    """sum over the axes `summed` of the product of `ends`, under `weighting`. detached: no gradient goes through it."""
 
     ends: tuple[End, ...] = ()
     summed: Axes = ()
     weighting: Weighting = field(default_factory=Weighting)
+    detached: bool = False
 
     def times(self, other: "RowSum") -> "RowSum":
-        """The product of both."""
+        """The product of both. Raises Reject where gradients go through one of them only."""
+        if self.detached or other.detached:
+            path = (*self.weighting.path, *other.weighting.path)
+            raise Reject("a part of what the output is divided by is detached", path[0], 1)
         a, b = self.weighting, other.weighting
         both = Weighting(
             a.scale * b.scale, a.factors + b.factors, a.divisors + b.divisors, a.gates + b.gates,
@@ -57,7 +61,7 @@ class SumReader:
         return replace(found, weighting=replace(found.weighting, path=(node, *found.weighting.path)))
 
     def _step(self, node: Node, dims: Dims, depth: int) -> RowSum:
-        form = product_of(node)
+        form = product_of(node) or plain_product_of(node)
         if form is not None:
             ends = ends_of(self.space, form, dims)
             known, inside = (
@@ -65,9 +69,13 @@ class SumReader:
             )
             found = self._all(ends, depth)
             new = tuple(a for a in inside if a not in known)
-            return replace(found, summed=found.summed + new, weighting=found.weighting.times(form.factor))
+            weighting = found.weighting.times(form.factor)
+            weighting = replace(weighting, path=(*form.inner[:-1], *weighting.path))
+            return replace(found, summed=found.summed + new, weighting=weighting)
         if node.target in CASTS and node.meta["val"].dtype.is_floating_point:
             return self.read(End(input_node(node), dims, node), depth)
+        if operation(node) == "detach":
+            return replace(self.read(End(input_node(node), dims, node), depth), detached=True)
         moved = step_up(self.space, node, dims)
         if moved is not None:
             return self.read(End(*moved, node), depth)

@@ -3,17 +3,20 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 
 import sympy
-from torch import Tensor
 from torch.fx import Node
 
 from attnopt.mask import FULL, Mask
-from attnopt.passes.layout import Dims, Space
+from attnopt.passes.layout import Space
+from attnopt.passes.linear_apart import peeled, taken_apart
 from attnopt.passes.linear_chain import Gate, Triangle, Weighting
-from attnopt.passes.linear_decay import DECAY_RULES, log_decay_operand
+from attnopt.passes.linear_decay import log_decay_operand
+from attnopt.passes.linear_places import Places
 from attnopt.passes.linear_product import End
+from attnopt.passes.linear_rules import DECAY_RULES, vanished
 from attnopt.passes.logits import LogitsReader
 from attnopt.passes.mask_bounds import POSITIONS, bounds_for, integer_of
 from attnopt.passes.mask_decay import DecayReading, decay_of
@@ -30,8 +33,9 @@ from attnopt.passes.mask_formula import (
     parts_of,
 )
 from attnopt.passes.mask_numbers import compute, is_constant
-from attnopt.passes.mask_reader import MaskReader, Value, as_condition, as_numbers, index_of
-from attnopt.passes.site import Filled, Operand, Roles, flat, peel
+from attnopt.passes.mask_reader import MaskReader, Value, as_condition, as_numbers
+from attnopt.passes.mask_writes import operation
+from attnopt.passes.site import Filled, Operand, Roles, flat
 from attnopt.passes.terms import Fill
 from attnopt.rule import Reject
 from attnopt.spec import Decay
@@ -45,6 +49,24 @@ _STRAY = {
     "factor": "the weights are multiplied by a tensor that varies along features",
     "divisor": "the weights are divided by a tensor that varies along queries and keys",
 }
+
+
+#: What leaves the elements of a tensor as they are.
+_PARTS = frozenset(
+    {
+        "slice",
+        "select",
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "to",
+        "alias",
+        "clone",
+        "contiguous",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,13 @@ class WeightsReader:
         hidden = LogitsReader(self.space, self.roles).read(gates, ())
         if not pairs and not found.triangles:
             return Weights(scale, hidden.mask, Decay.NONE, hidden.operands, on_q, on_k)
-        factor, reading = self._matrix(pairs, found)
+        try:
+            factor, reading = self._matrix(pairs, found)
+        except Reject:
+            apart = taken_apart(self.space, found)
+            if apart is None:
+                raise
+            return self.read(apart)
         decay: Mapping[str, Operand | Filled] = {}
         if reading.log_decay is not None:
             decay = {"log_decay": log_decay_operand(reading, self.roles)}
@@ -104,7 +132,7 @@ class WeightsReader:
         on_k: list[Operand] = []
         pairs: list[End] = []
         for factor in (*found.factors, *found.divisors):
-            node, dims, number = _peeled(self.space, factor)
+            node, dims, number = peeled(self.space, factor)
             divides = factor in found.divisors
             scale = scale / number if divides else scale * number
             axes = set(flat(self.space, dims))
@@ -122,12 +150,12 @@ class WeightsReader:
         """The product of everything that weighs pairs of positions, as a constant and a decay on a mask."""
         try:
             reader, cases = self._elements(pairs, found)
-            factor, cases = _without_constant(reader.logic.lift(_vanished, cases))
+            factor, cases = _without_constant(reader.logic.lift(partial(vanished, reader.logic), cases))
             reading = decay_of(reader, cases)
         except NotUnderstood:
             reading = None
         if reading is None:
-            outside = next((p.node for p in pairs if p.node.op in ("placeholder", "get_attr")), None)
+            outside = next(filter(None, (_outside(p.node) for p in pairs)), None)
             why = "comes from outside the graph: nothing proves it" if outside else "is not proven to be"
             node = outside or (pairs[0].node if pairs else self.root)
             raise Reject(f"Q K^T is multiplied by a matrix that {why} a mask or a decay", node)
@@ -136,10 +164,11 @@ class WeightsReader:
     def _elements(self, pairs: Sequence[End], found: Weighting) -> tuple[MaskReader, Cases]:
         """The element of the product for query i and key j."""
         labels = LogitsReader(self.space, self.roles)
-        reader = MaskReader(Logic(bounds_for(self.root, labels.sizes())), DECAY_RULES)
+        bounds = Places(self.roles).bounds(bounds_for(self.root, labels.sizes()))
+        reader = MaskReader(Logic(bounds), DECAY_RULES)
         cases = always(ONE)
         for pair in pairs:
-            held = _element(reader, labels, pair)
+            held = self._element(reader, pair)
             cases = reader.logic.lift(_product, cases, as_numbers(reader.logic, held))
         for condition in self._conditions(reader, labels, found):
             cases = reader.logic.select(condition, cases, always(ZERO))
@@ -149,24 +178,21 @@ class WeightsReader:
         """Where the weights are not zeroed, as far as positions tell; what data tell, the gates' own reading says."""
         conditions = [_kept(reader.logic, labels, triangle) for triangle in found.triangles]
         for gate in found.gates:
-            held = as_condition(reader.logic, _element(reader, labels, gate))
+            held = as_condition(reader.logic, self._element(reader, gate))
             visible = negate(held) if gate.hides else held
             conditions += [part for part in parts_of(visible) if not _reads_data(part)]
         return conditions
 
-
-def _peeled(space: Space, end: End) -> tuple[Node, Dims, float]:
-    if not isinstance(end.node.meta.get("val"), Tensor):
-        return end.node, (), 1.0
-    return peel(space, end.node, end.dims)
+    def _element(self, reader: MaskReader, tensor: End | Gate) -> Value:
+        """The element that the attention reads, in-place writes before that included."""
+        return reader.element_at(tensor.node, Places(self.roles).index(self.space, tensor.dims), tensor.user)
 
 
-def _element(reader: MaskReader, labels: LogitsReader, tensor: End | Gate) -> Value:
-    """The element that the attention reads, in-place writes before that included."""
-    roles = labels.roles_of(tensor.dims)
-    if roles is None:
-        raise NotUnderstood
-    return reader.element_at(tensor.node, index_of(roles), tensor.user)
+def _outside(node: Node) -> Node | None:
+    """The input of the graph of which a tensor is a part, or None."""
+    while operation(node) in _PARTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node if node.op in ("placeholder", "get_attr") else None
 
 
 def _kept(logic: Logic, labels: LogitsReader, triangle: Triangle) -> Formula:
@@ -183,16 +209,6 @@ def _product(a: Number, b: Number) -> Number:
     if ZERO in (a, b):
         return ZERO
     return b if a == ONE else a if b == ONE else compute("mul", a, b)
-
-
-def _vanished(leaf: Number) -> Number:
-    """exp(x - inf) as 0: whatever x, it is that or not finite."""
-    match leaf:
-        case Call("exp", (Call("add", (left, right)),)) if -inf in (left, right):
-            return ZERO
-        case Call("exp", (Call("sub", (left, _)),)) if left == -inf:
-            return ZERO
-    return leaf
 
 
 def _without_constant(cases: Cases) -> tuple[float, Cases]:

@@ -1,33 +1,39 @@
 """Sorts what is added to, or filled into, the scores: a proven mask, an opaque mask, or a bias; and empty rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from attnopt.mask import FULL, And, KeyPadding, Mask, Opaque, Or
+from attnopt.mask import FULL, Mask, Opaque
+from attnopt.passes.hidden import Hidden, together, visible_in
 from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.masks import MaskReading, Role, may_have_empty_rows, read_additive, read_visible
+from attnopt.passes.scores_factors import faint
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.sizes import Size, product
-from attnopt.passes.terms import Fill, Term, held_as
+from attnopt.passes.terms import NEGLIGIBLE, Fill, Floor, Term, floors, held_as, narrowest
 from attnopt.rule import Reject
 from attnopt.spec import EmptyRow
 
-#: A finite fill at or below this leaves a weight of exactly 0 beside any visible key.
-NEGLIGIBLE = -1e9
 #: A finite fill at or below this absorbs any score that is added to it.
 ABSORBING = -1e30
+#: A finite fill at or below this leaves nothing of a score that is added to it even in fp64.
+LOST = -1e12
 
+#: Blockwise backward passes work from the logarithm of each row's sum, and cannot where that is a sum of such numbers.
+LOST_GRADIENTS = (
+    "a row that finite numbers hide altogether would get other gradients; "
+    "hide keys with -inf, or by a single mask"
+)
+HALVED_GRADIENTS = (
+    "torch.max halves the gradients of rows that a finite number hides altogether, which no kernel does; "
+    "leave it out"
+)
 
-@dataclass(frozen=True, slots=True)
-class Hidden:
-    """One source of hidden keys: a mask, its tensors, and the value that hidden logits get."""
-
-    mask: Mask
-    operands: Mapping[str, Operand]
-    fill: float
+#: Stand for dimensions that are no role, or only part of one.
+MIXED: tuple[Role, ...] = ("x", "y")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,100 +44,205 @@ class Logits:
     empty_row: EmptyRow = EmptyRow.NEVER
     bias: tuple[str, ...] = ()
     operands: Mapping[str, Operand] = field(default_factory=dict)
+    otherwise: tuple[
+        tuple[Mask, Mapping[str, Operand]], ...
+    ] = ()  # other words for the mask, and its tensors
+    forward_only: str = ""  # why gradients may be others than the graph's
+    keys: tuple[Operand, ...] = ()  # what the keys are multiplied with
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsReader:
     """Reads fills and terms of one site.
 
-    given: a mask that the call states without a tensor. safe: the softmax returns zeros for an empty row.
+    given: a mask that the call states without a tensor. safe: the softmax returns zeros for an empty row. sinks: a
+    sink stands beside the logits, and notices when a whole row is shifted.
     """
 
     space: Space
     roles: Roles
     given: Mask = FULL
     safe: bool = False
+    sinks: bool = False
 
     def read(self, fills: Iterable[Fill], terms: Iterable[Term]) -> Logits:
         """Everything between the scaled scores and the softmax."""
+        fills, terms = tuple(fills), tuple(terms)
+        told = {id(f): self._faint(f, fills, terms) for f in fills if not self.is_hiding(f)}
+        found = [pair for pair in told.values() if pair is not None]
+        kept = [fill for fill in fills if told.get(id(fill)) is None]
+        logits = self._read(kept, terms, [self._relative(bias) for bias, _ in found])
+        return replace(logits, keys=tuple(keep for _, keep in found))
+
+    def is_hiding(self, fill: Fill) -> bool:
+        """Whether a filled score weighs nothing beside a visible one."""
+        return fill.value <= max(NEGLIGIBLE, torch.finfo(fill.dtype).min)
+
+    def _faint(
+        self, fill: Fill, fills: Sequence[Fill], terms: Sequence[Term]
+    ) -> tuple[Operand, Operand] | None:
+        others: tuple[Fill | Term, ...] = (*fills, *terms)
+        return faint(self.space, self.roles, fill, [other for other in others if other is not fill])
+
+    def _read(self, fills: Sequence[Fill], terms: Sequence[Term], given: Sequence[Operand]) -> Logits:
+        """given: biases that are known."""
         filled = [self._fill(fill) for fill in fills]
         if self.given != FULL:
             filled.append(Hidden(self.given, {}, -torch.inf))
-        read = [(term, self._additive(term)) for term in terms]
+        read = [(term, self._additive(term)) for term in terms if not self._is_shift(term)]
         added = [hidden for _, hidden in read if hidden is not None]
-        biases = [term for term, hidden in read if hidden is None]
-        empty = self._empty_row([*filled, *added], added, biased=bool(biases))
-        if empty is not None:
+        inside = [(term, self._fill_inside(term)) for term, hidden in read if hidden is None]
+        biases = [*given, *(self._finite_bias(term, fill) for term, fill in inside)]
+        empty = self._empty_row(filled, added, biased=bool(biases))
+        if empty is not None and all(fill == -torch.inf for _, fill in inside):
             return self._combine([*filled, *added], biases, empty)
         # An added finite number that a row without visible keys would notice stays what it is: a bias.
-        finite = [hidden for hidden in added if hidden.fill != -torch.inf]
-        biases = [term for term, hidden in read if hidden is None or hidden in finite]
-        kept = [hidden for hidden in added if hidden not in finite]
-        empty = self._empty_row([*filled, *kept], kept, biased=bool(biases))
+        finite = [(term, hidden) for term, hidden in read if hidden is not None and hidden.fill != -torch.inf]
+        kept = [hidden for hidden in added if hidden.fill == -torch.inf]
+        biases += [self._finite_bias(term, hidden.fill) for term, hidden in finite]
+        low = [hidden.fill for _, hidden in finite] + [fill for _, fill in inside]
+        lost = LOST_GRADIENTS if any(-torch.inf < fill <= LOST for fill in low) else ""
+        if not kept and self._is_outermost(fills, filled, finite):
+            return replace(self._combine(filled, biases, EmptyRow.NEVER), forward_only=lost)
+        empty = self._empty_row(filled, kept, biased=bool(biases))
         if empty is None:
-            raise Reject("rows that see no key would mix several fill values")
-        return self._combine([*filled, *kept], biases, empty)
+            raise Reject("rows that see no key would mix several fill values; one mask, or -inf, would not")
+        return replace(self._combine([*filled, *kept], biases, empty), forward_only=lost)
+
+    def _is_outermost(
+        self, fills: Sequence[Fill], filled: Sequence[Hidden], added: Sequence[tuple[Term, Hidden]]
+    ) -> bool:
+        """Whether what the only fill hides is hidden once more by the only finite mask that is added to it.
+
+        Such keys lie as low again as those that the mask hides alone: they have no weight in any row, as if the fill
+        were -inf, provided the fill leaves each query a key.
+        """
+        if len(filled) != 1 or len(fills) != 1 or len(added) != 1:
+            return False
+        (fill,), (hidden,), ((term, other),) = fills, filled, added
+        inside = fill.at is not None and term.at is not None and fill.at < term.at
+        low = max(hidden.fill, other.fill) <= ABSORBING
+        always = not self._may_be_empty(hidden.mask)
+        return inside and low and always and hidden.mask & other.mask == other.mask
+
+    def _may_be_empty(self, mask: Mask) -> bool:
+        sizes = self.sizes()
+        return may_have_empty_rows(mask, sizes["i"], sizes["j"])
+
+    def _is_shift(self, term: Term) -> bool:
+        """Whether a term is the row's own largest logit: without it the softmax is the same, NaN for empty rows too."""
+        tops, held = (set(self.space.leaves(axes)) for axes in (term.tops, _merged(term.dims)))
+        key = set(self.roles.key)
+        return tops == key and not held & key and not self.safe and not self.sinks
 
     def _fill(self, fill: Fill) -> Hidden:
-        if not fill.value <= max(NEGLIGIBLE, torch.finfo(fill.dtype).min):
-            raise Reject(f"masked scores become {fill.value:g}, which still weighs", fill.node)
+        if not self.is_hiding(fill):
+            raise Reject(
+                f"masked scores become {fill.value:g}, which still weighs; fill with -inf, or with "
+                f"torch.finfo({str(fill.dtype).removeprefix('torch.')}).min",
+                fill.node,
+            )
         value = held_as(fill.value, fill.casts)
-        roles = self.roles_of(fill.dims)
-        if roles is None:
+        roles, sizes = self._labels(fill.dims)
+        reading = (
+            None
+            if roles is None
+            else _whole(read_visible(fill.node, roles, sizes, negated=fill.hides, at=fill.at), roles)
+        )
+        if reading is None:
             operand = Operand(fill.node, self.space.resolve(fill.dims), negated=fill.hides)
             return Hidden(Opaque("mask"), {"mask": operand}, value)
-        reading = read_visible(fill.node, roles, self.sizes(), negated=fill.hides)
-        return Hidden(reading.mask, self._operands(reading), value)
+        return self._hidden(reading, value)
 
     def _additive(self, term: Term) -> Hidden | None:
         value = term.node.meta.get("val")
         if not isinstance(value, Tensor):
             raise Reject("a number that depends on sizes is added to the scores", term.node)
-        roles = self.roles_of(term.dims)
-        if roles is None or not value.dtype.is_floating_point or term.factor <= 0:
+        if not value.dtype.is_floating_point or term.factor <= 0 or term.times:
             return None
-        reading = read_additive(term.node, roles, self.sizes())
-        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(value.dtype).min):
+        roles, sizes = self._labels(term.dims)
+        reading = None if roles is None else read_additive(term.node, roles, sizes, at=term.at)
+        visible = None if reading is None or roles is None else _whole(reading.visible, roles)
+        if reading is None or visible is None:
+            return None
+        if reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(value.dtype).min):
             return None
         fill = held_as(reading.fill * term.factor, term.casts)
-        return Hidden(reading.visible.mask, self._operands(reading.visible), fill)
+        if any(isinstance(hold, Floor) and hold.halves for hold in term.casts) and reading.fill != -torch.inf:
+            return replace(self._hidden(visible, fill, passes=True), halves=True)
+        return self._hidden(visible, fill, passes=reading.fill != -torch.inf)
 
-    def _empty_row(self, hidden: list[Hidden], added: list[Hidden], *, biased: bool) -> EmptyRow | None:
+    def _fill_inside(self, term: Term) -> float:
+        """The finite number that a mask holds which is added inside a scale that is a tensor; -inf if it is none."""
+        found = self._additive(replace(term, times=())) if term.times else None
+        return -torch.inf if found is None else found.fill
+
+    def _hidden(self, reading: MaskReading, fill: float, *, passes: bool = False) -> Hidden:
+        first, *others = (
+            Hidden(mask, self._operands(reading, mask), fill, passes)
+            for mask in (reading.mask, *reading.otherwise)
+        )
+        return replace(first, otherwise=tuple(others))
+
+    def _empty_row(self, filled: list[Hidden], added: list[Hidden], *, biased: bool) -> EmptyRow | None:
         """What an empty row returns; None when no single meaning states it."""
-        mask = _all(h.mask for h in hidden)
-        sizes = self.sizes()
-        if not may_have_empty_rows(mask, sizes["i"], sizes["j"]):
+        hidden = [*filled, *added]
+        if not self._may_be_empty(visible_in(h.mask for h in hidden)):
             return EmptyRow.ZERO if self.safe and biased else EmptyRow.NEVER
         if all(h.fill == -torch.inf for h in hidden):
             return EmptyRow.ZERO if self.safe else EmptyRow.NAN
-        alone = len(hidden) == 1 and not biased
-        absorbs = hidden[0].fill <= ABSORBING or not added
-        return EmptyRow.UNIFORM if alone and absorbs else None
+        if len(hidden) != 1 or biased:
+            return None
+        if hidden[0].passes:
+            return EmptyRow.ABSORBED if hidden[0].fill <= ABSORBING else None
+        return EmptyRow.UNIFORM
 
-    def _combine(self, hidden: list[Hidden], biases: list[Term], empty: EmptyRow) -> Logits:
-        operands: dict[str, Operand] = {}
-        mask: Mask = FULL
-        for source in hidden:
-            names = {name: _unused(name, operands) for name in source.operands}
-            operands |= {names[name]: operand for name, operand in source.operands.items()}
-            mask = mask & rename(source.mask, names)
+    def _combine(self, hidden: list[Hidden], biases: list[Operand], empty: EmptyRow) -> Logits:
+        mask, operands = together(hidden)
+        others = [[h.otherwise[k] if h.otherwise else h for h in hidden] for k in (0, -1)]
+        otherwise = tuple(together(other) for other in others if other != hidden)
         bias = tuple(f"bias{n or ''}" for n in range(len(biases)))
-        operands |= {name: self._bias(term) for name, term in zip(bias, biases, strict=True)}
-        return Logits(mask, empty, bias, operands)
+        added = dict(zip(bias, biases, strict=True))
+        halved = empty is EmptyRow.ABSORBED and any(h.halves for h in hidden)
+        return Logits(mask, empty, bias, operands | added, otherwise, HALVED_GRADIENTS if halved else "")
 
     def _bias(self, term: Term) -> Operand:
         """What is added, as a number: True counts 1."""
         held = term.node.meta["val"].dtype
-        if any(
-            torch.finfo(cast.dtype).max < torch.finfo(held).max
-            for cast in term.casts
-            if held.is_floating_point
-        ):
+        dims = self.space.resolve(term.dims)
+        times = tuple(self._factor(factor) for factor in term.times)
+        if not held.is_floating_point:
+            return Operand(term.node, dims, term.factor, times, dtype=torch.float32)
+        if narrowest(term.casts, held) != held:
             raise Reject(
                 "a bias is added before the scores are cast to a type that may not hold it", term.node
             )
-        dtype = None if held.is_floating_point else torch.float32
-        return Operand(term.node, self.space.resolve(term.dims), term.factor, dtype=dtype)
+        if floors(term.casts):
+            raise Reject(
+                f"scores with a bias are raised to at least {floors(term.casts)[0]:g}, which rows without keys notice",
+                term.node,
+            )
+        return Operand(term.node, dims, term.factor, times)
+
+    def _finite_bias(self, term: Term, fill: float) -> Operand:
+        """A finite number that hides keys, as a bias."""
+        operand = self._bias(term)
+        return operand if fill <= LOST else self._relative(operand)
+
+    def _relative(self, bias: Operand) -> Operand:
+        """The bias less its row's largest, which a softmax alone takes no notice of.
+
+        A row that is hidden altogether would otherwise lie so low that the logarithm of its sum, from which gradients
+        are computed, says little of its scores.
+        """
+        return bias if self.sinks else replace(bias, function="relative")
+
+    def _factor(self, term: Term) -> Operand:
+        """What multiplies a bias, and the scores with it."""
+        dims = self.space.resolve(term.dims)
+        if set(_merged(dims)) & set(self.roles.key):
+            raise Reject("scores and a bias are multiplied by a tensor that varies along the keys", term.node)
+        return Operand(term.node, dims, term.factor, inverse=term.inverse)
 
     def roles_of(self, dims: Dims) -> tuple[Role | None, ...] | None:
         """The role of each dimension, or None when some dimension mixes roles."""
@@ -144,14 +255,30 @@ class LogitsReader:
         resolved = self.space.resolve(dims)
         return tuple(known[axes] for axes in resolved) if all(axes in known for axes in resolved) else None
 
-    def _operands(self, reading: MaskReading) -> dict[str, Operand]:
+    def _labels(self, dims: Dims) -> tuple[tuple[Role | None, ...] | None, dict[Role, Size]]:
+        """The roles of the dimensions, x and y for two that are a part of a role or several; and all sizes."""
+        resolved, sizes = self.space.resolve(dims), self.sizes()
+        mixed = [n for n, axes in enumerate(resolved) if self.roles_of((axes,)) is None]
+        if len(mixed) > len(MIXED):
+            return None, sizes
+        spare = dict(zip(mixed, MIXED, strict=False))
+        sizes |= {role: product(a.size for a in resolved[n]) for n, role in spare.items()}
+        plain = self.roles_of(tuple(() if n in spare else axes for n, axes in enumerate(resolved))) or ()
+        return tuple(spare.get(n, role) for n, role in enumerate(plain)), sizes
+
+    def _operands(self, reading: MaskReading, mask: Mask) -> dict[str, Operand]:
         axes: dict[Role | None, Axes] = {
             None: (), "b": self.roles.batch, "h": self.roles.heads, "i": self.roles.query, "j": self.roles.key
         }  # fmt: skip
+        layouts = {"query_ids": (axes["b"], axes["i"]), "key_ids": (axes["b"], axes["j"])}
         return {
-            name: Operand(leaf.node, tuple(axes[role] for role in leaf.roles), negated=leaf.negated)
+            name: Operand(
+                leaf.node, tuple(axes[role] for role in leaf.roles), negated=leaf.negated,
+                layout=layouts.get(name.rstrip("0123456789")),
+            )
             for name, leaf in reading.leaves.items()
-        }
+            if name in mask.operand_names()
+        }  # fmt: skip
 
     def sizes(self) -> dict[Role, Size]:
         r = self.roles
@@ -159,24 +286,12 @@ class LogitsReader:
         return {role: product(a.size for a in axes) for role, axes in named}
 
 
-def rename(mask: Mask, names: Mapping[str, str]) -> Mask:
-    """The same mask reading operands of other names."""
-    match mask:
-        case And(parts) | Or(parts):
-            return type(mask)(tuple(rename(part, names) for part in parts))
-        case KeyPadding(name) | Opaque(name):
-            return replace(mask, name=names[name])
-    return mask
+def _merged(dims: Dims) -> Axes:
+    return tuple(axis for axes in dims for axis in axes)
 
 
-def _all(masks: Iterable[Mask]) -> Mask:
-    result: Mask = FULL
-    for mask in masks:
-        result = result & mask
-    return result
-
-
-def _unused(name: str, taken: Mapping[str, object]) -> str:
-    stem = name.rstrip("0123456789")
-    candidates = (name, *(f"{stem}{n}" for n in range(1, len(taken) + 2)))
-    return next(candidate for candidate in candidates if candidate not in taken)
+def _whole(reading: MaskReading, roles: tuple[Role | None, ...]) -> MaskReading | None:
+    """The reading, unless it depends on a dimension that is no role: no operand could be laid out."""
+    if not {*MIXED} & {*roles}:
+        return reading
+    return None if reading.mask.operand_names() else replace(reading, otherwise=())

@@ -1,17 +1,31 @@
 """From proven conditions to the mask algebra; and whether, under a mask, some query may see no key."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 import sympy
 
-from attnopt.mask import BOTTOM_RIGHT, FULL, TOP_LEFT, And, Causal, First, Full, Length, Mask, Or, Window
+from attnopt.mask import (
+    BOTTOM_RIGHT,
+    FULL,
+    TOP_LEFT,
+    And,
+    Causal,
+    First,
+    Full,
+    Length,
+    Mask,
+    Or,
+    Window,
+)
+from attnopt.mask_blocks import Chunk, Segments
 from attnopt.passes.mask_bounds import POSITIONS, Bounds
+from attnopt.passes.mask_chunks import ChunkLine, chunk_line
 from attnopt.passes.mask_formula import FALSE, All, AtMostZero, Formula, Some
 from attnopt.passes.sizes import Size
 
-BATCH, HEAD, QUERY, KEY = (POSITIONS[role] for role in ("b", "h", "i", "j"))
+BATCH, HEAD, QUERY, KEY = (POSITIONS["b"], POSITIONS["h"], POSITIONS["i"], POSITIONS["j"])
 
 #: Lengths are sought with these factors of Sq and Sk, simplest first.
 FACTORS = sorted(product((0, 1, -1, 2, -2), repeat=2), key=lambda pair: (sum(map(abs, pair)), pair))
@@ -39,15 +53,18 @@ class Algebra:
                 return self._line(expr)
             case All(parts):
                 masks = [self.mask(part) for part in parts]
-                return None if None in masks else _joined(masks, together=True)
+                return None if None in masks else all_of(masks)
             case Some(parts):
                 masks = [self.mask(part) for part in parts]
-                return None if None in masks else _joined(masks, together=False)
+                return None if None in masks else some_of(masks)
         return None
 
     def _line(self, expr: sympy.Expr) -> Mask | None:
         """expr <= 0 for a straight line through the positions: a diagonal, or a column."""
         expr = self._without_single_positions(expr)
+        chunked = chunk_line(expr)
+        if chunked is not None:
+            return self._chunk(chunked)
         slope_i, slope_j = expr.coeff(QUERY, 1), expr.coeff(KEY, 1)
         rest = sympy.expand(expr - slope_i * QUERY - slope_j * KEY)
         if rest.has(*self.bounds.counts):
@@ -63,6 +80,10 @@ class Algebra:
             case 0, 1 if rest.is_Integer:
                 return First(max(int(1 - rest), 0))
         return None
+
+    def _chunk(self, line: ChunkLine) -> Mask | None:
+        query, key = self.length(line.query), self.length(line.key)
+        return None if query is None or key is None else Chunk(line.size, query, key, line.side)
 
     def _window(self, rest: sympy.Expr) -> Mask | None:
         """j >= i + rest, counted from the causal diagonal if that gives a whole number."""
@@ -113,12 +134,37 @@ def _lines(formula: Formula) -> Iterator[sympy.Expr]:
             yield from _lines(part)
 
 
-def _joined(masks: list[Mask | None], *, together: bool) -> Mask:
+def all_of(masks: Iterable[Mask | None]) -> Mask:
+    """Their conjunction, in a fixed order; what says "no earlier" and "no later chunk" says "the same chunk"."""
     kept = sorted((m for m in masks if m is not None), key=str)
-    result = kept[0] if kept else FULL
-    for mask in kept[1:]:
-        result = result & mask if together else result | mask
+    bounded = [m for m in kept if isinstance(m, Chunk) and m.side != "same"]
+    together = {replace(m, side="same") for m in bounded if m.side == "since" and _ends_with(m, kept)}
+    result: Mask = FULL
+    for mask in kept:
+        result = (
+            result & mask if mask not in bounded or replace(mask, side="same") not in together else result
+        )
+    for mask in together:
+        result = result & mask
     return result
+
+
+def _ends_with(since: Chunk, others: Iterable[Mask]) -> bool:
+    """Whether the others hide later chunks: a causal mask does that ends within the query's own."""
+    diagonal = Causal(_minus(since.query, since.key))
+    return any(other in (diagonal, replace(since, side="until")) for other in others)
+
+
+def _minus(a: Length, b: Length) -> Length:
+    return Length(a.const - b.const, a.sq - b.sq, a.sk - b.sk)
+
+
+def some_of(masks: Iterable[Mask | None]) -> Mask:
+    """Their disjunction, in a fixed order."""
+    first, *others = sorted((m for m in masks if m is not None), key=str)
+    for mask in others:
+        first = first | mask
+    return first
 
 
 def with_implied_diagonal(algebra: Algebra, mask: Mask) -> Mask:
@@ -147,7 +193,11 @@ def may_have_empty_rows(mask: Mask, sq: Size, sk: Size) -> bool:
     sq, sk: numbers, or expressions whose symbols stand for sizes.
     """
     bounds = Bounds({QUERY: sympy.sympify(sq), KEY: sympy.sympify(sk)})
-    return not any(_always_sees(parts, bounds) for parts in _choices(mask))
+    return not any(
+        _always_sees(parts, bounds)
+        or any(_sees_at(shift, parts, bounds) for shift in (TOP_LEFT, BOTTOM_RIGHT))
+        for parts in _choices(mask)
+    )
 
 
 def _choices(mask: Mask) -> Iterator[tuple[Mask, ...]]:
@@ -180,3 +230,27 @@ def _always_sees(parts: tuple[Mask, ...], bounds: Bounds) -> bool:
             case _:
                 return False
     return all(bounds.always_at_most_zero(low - high) for low, high in product(lowest, highest))
+
+
+def _sees_at(shift: Length, parts: tuple[Mask, ...], bounds: Bounds) -> bool:
+    """Whether query i certainly sees key i + shift."""
+    sq, sk = bounds.counts[QUERY], bounds.counts[KEY]
+    key = QUERY + _at(shift, sq, sk)
+    needed = [-key, key - sk + 1]
+    for part in parts:
+        match part:
+            case Full():
+                continue
+            case Causal(offset):
+                needed.append(_at(_minus(shift, offset), sq, sk))
+            case Window(width, offset):
+                needed.append(_at(_minus(offset, shift), sq, sk) - width + 1)
+            case Chunk(_, at_query, at_key) if at_query == Length(
+                shift.const + at_key.const, shift.sq + at_key.sq, shift.sk + at_key.sk
+            ):
+                continue
+            case Segments(aligned=True) if shift == TOP_LEFT:
+                continue
+            case _:
+                return False
+    return all(bounds.always_at_most_zero(expr) for expr in needed)

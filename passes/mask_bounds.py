@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any, Literal
 
 import sympy
@@ -14,12 +15,12 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from attnopt.passes.sizes import Size
 
-#: What a position counts: batch, head, query, key.
-Role = Literal["b", "h", "i", "j"]
+#: What a position counts: batch, head, query, key; x and y: a part of these, or several at once.
+Role = Literal["b", "h", "i", "j", "x", "y"]
 
 #: The symbol of each position; each runs from 0 to its size - 1.
 POSITIONS: Mapping[Role, sympy.Symbol] = {
-    role: sympy.Symbol(role, integer=True, nonnegative=True) for role in ("b", "h", "i", "j")
+    role: sympy.Symbol(role, integer=True, nonnegative=True) for role in ("b", "h", "i", "j", "x", "y")
 }
 
 
@@ -33,6 +34,7 @@ class Bounds:
 
     counts: Mapping[sympy.Symbol, sympy.Expr]
     symbols: Mapping[sympy.Symbol, ValueRanges[Any]] = field(default_factory=dict)
+    known: dict[sympy.Expr, float] = field(default_factory=dict, compare=False, repr=False)
 
     def with_position(self, symbol: sympy.Symbol, count: Size) -> "Bounds":
         """The same, and one more position."""
@@ -44,6 +46,11 @@ class Bounds:
         Each position is set to the end of its range that makes its term largest, before sizes are bounded: so
         i - Sq is seen to be below 0 whatever Sq.
         """
+        if expr not in self.known:
+            self.known[expr] = self._upper(expr)
+        return self.known[expr]
+
+    def _upper(self, expr: sympy.Expr) -> float:
         factors = dict(sympy.expand(expr).as_coefficients_dict())
         for symbol, count in self.counts.items():
             slope = factors.get(symbol)
@@ -69,10 +76,15 @@ class Bounds:
             return math.inf
         if term.is_Integer:
             return int(factor) * int(term)
-        ranges = {**self.symbols, **{s: self._range(s) for s in term.free_symbols & self.counts.keys()}}
-        held = bound_sympy(term, ranges)
+        held = self._held(term)
         bound = held.upper if factor > 0 else held.lower
         return int(factor) * int(bound) if getattr(bound, "is_Integer", False) else math.inf
+
+    def _held(self, term: sympy.Expr) -> ValueRanges[Any]:
+        if term in self.symbols:
+            return self.symbols[term]
+        ranges = {**self.symbols, **{s: self._range(s) for s in term.free_symbols & self.counts.keys()}}
+        return bound_sympy(term, ranges)
 
     def _range(self, symbol: sympy.Symbol) -> ValueRanges[Any]:
         last = self.upper(self.counts[symbol] - 1)
@@ -95,3 +107,17 @@ def integer_of(value: Any) -> sympy.Expr | None:
     if isinstance(value, torch.SymInt):
         return sympy.sympify(value.node.expr)
     return sympy.Integer(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def reduced(expr: sympy.Expr) -> sympy.Expr:
+    """Without common factors: 2j - 2i - 1 <= 0 is, for integers, j - i <= 0."""
+    constant, terms = expr.as_coeff_Add()
+    factors = [
+        int(term.as_coeff_Mul()[0])
+        for term in sympy.Add.make_args(terms)
+        if term.as_coeff_Mul()[0].is_Integer
+    ]
+    common = gcd(*factors) if len(factors) == len(sympy.Add.make_args(terms)) else 1
+    if common in (0, 1):
+        return expr
+    return sympy.expand(terms / common) - sympy.floor(sympy.Rational(-constant, common))

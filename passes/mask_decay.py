@@ -13,13 +13,23 @@ import sympy
 from torch.fx import Node
 
 from attnopt.mask import Mask
+from attnopt.passes.linear_coefficient import (
+    Coefficient,
+    Const,
+    Read,
+    Source,
+    coefficient,
+    find_tensor,
+    reads,
+    replaced,
+    times,
+)
 from attnopt.passes.mask_algebra import KEY, QUERY, algebra_for
 from attnopt.passes.mask_bounds import Role
 from attnopt.passes.mask_formula import (
     TRUE,
     Call,
     Cases,
-    Data,
     Formula,
     Logic,
     NotUnderstood,
@@ -30,50 +40,9 @@ from attnopt.passes.mask_numbers import is_constant
 from attnopt.passes.mask_reader import MaskReader, as_numbers
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.mask_writes import arguments, operation, writes_after
-from attnopt.passes.masks import Leaf, find_leaf
 from attnopt.passes.sizes import Size, same
 
 ONE = sympy.Integer(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Const:
-    """A number."""
-
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A tensor of the graph."""
-
-    leaf: Leaf
-
-
-@dataclass(frozen=True, slots=True)
-class Negative:
-    """-of."""
-
-    of: "Coefficient"
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """The natural logarithm of `of`."""
-
-    of: "Coefficient"
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """left * right."""
-
-    left: "Coefficient"
-    right: "Coefficient"
-
-
-#: How to compute a log decay: plain arithmetic on tensors that the graph holds.
-Coefficient = Const | Read | Negative | Log | Times
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +145,7 @@ def _linear(leaf: Number) -> Terms:
 
 def _is_scalar(leaf: Number) -> bool:
     """Whether a number is the same for all queries and keys."""
-    return not (_reads(leaf, QUERY) or _reads(leaf, KEY))
+    return not (reads(leaf, QUERY) or reads(leaf, KEY))
 
 
 def _sum(left: Terms, right: Terms) -> Terms:
@@ -215,84 +184,55 @@ def _named(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | 
     per_step = sympy.cancel(expr / (QUERY - KEY))
     if others or not _is_scalar(factor) or not _is_scalar(per_step):
         return None
-    rate = _times(_coefficient(reader, per_step), _coefficient(reader, factor))
+    rate = times(coefficient(reader, per_step), coefficient(reader, factor))
     grows = isinstance(rate, Const) and rate.value > 0
     return None if grows else DecayReading(causal, "per_head", rate)
 
 
 def _per_token(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | None:
     """exp(c[i] - c[j]), with c a tensor of the graph."""
-    at_query = next((f for f in exponent if _reads(f, QUERY) and not _reads(f, KEY)), None)
+    at_query = next((f for f in exponent if reads(f, QUERY) and not reads(f, KEY)), None)
     sq, sk = (reader.logic.bounds.counts[position] for position in (QUERY, KEY))
     if at_query is None or not same(sq, sk):
         return None
-    sign, leaf = exponent[at_query], _leaf_of(reader, at_query, "bhi")
-    if leaf is None or sign not in (ONE, -ONE) or exponent.get(_at_key(at_query)) != -sign:
+    sign = exponent[at_query]
+    if sign not in (ONE, -ONE) or exponent.get(replaced(at_query, QUERY, KEY)) != -sign:
         return None
-    terms = _summed(leaf)
-    log_decay = _times(Const(float(sign)), Read(terms or leaf))
-    return DecayReading(causal, "per_token", log_decay, cumulative=terms is None)
+    scalars, sums = _without_scalars(at_query)
+    found, cumulative = _sums(reader, sums)
+    if found is None:
+        return None
+    for scalar in scalars:
+        found = times(found, coefficient(reader, scalar, "bh"))
+    return DecayReading(causal, "per_token", times(Const(float(sign)), found), cumulative=cumulative)
 
 
-def _reads(leaf: Number, position: sympy.Symbol) -> bool:
-    match leaf:
-        case Call(_, args):
-            return any(_reads(argument, position) for argument in args)
-        case Data(_, index):
-            return any(e.has(position) for e in index)
-    return isinstance(leaf, sympy.Expr) and leaf.has(position)
+def _without_scalars(number: Number) -> tuple[list[Number], Number]:
+    """The factors that are the same for all tokens, and the number without them."""
+    match number:
+        case Call("mul", (left, right)) if _is_scalar(left) or _is_scalar(right):
+            scalar, rest = (left, right) if _is_scalar(left) else (right, left)
+            scalars, inner = _without_scalars(rest)
+            return [scalar, *scalars], inner
+    return [], number
 
 
-def _at_key(leaf: Number) -> Number:
-    """The same number for the key's position instead of the query's."""
-    match leaf:
-        case Call(op, args):
-            return Call(op, tuple(map(_at_key, args)))
-        case Data(node, index):
-            return Data(node, tuple(e.subs(QUERY, KEY) for e in index))
-    return leaf.subs(QUERY, KEY) if isinstance(leaf, sympy.Expr) else leaf
+def _sums(reader: MaskReader, number: Number) -> tuple[Coefficient | None, bool]:
+    """What is summed up, where the number is a running sum; else a tensor with these elements, taken as one."""
+    match number:
+        case Call("running", (term,)):
+            return coefficient(reader, term, "bhi"), False
+    leaf = find_tensor(reader, number, "bhi")
+    terms = None if leaf is None else _summed(leaf)
+    return (None if leaf is None else Read(terms or leaf)), terms is None
 
 
-def _summed(leaf: Leaf) -> Leaf | None:
+def _summed(leaf: Source) -> Source | None:
     """The terms, where the leaf is a running sum over the tokens."""
     if operation(leaf.node) != "cumsum" or "i" not in leaf.roles:
         return None
     held = arguments(leaf.node)
     is_over_tokens = held["dim"] % len(leaf.roles) == leaf.roles.index("i")
-    return Leaf(held["self"], leaf.roles) if is_over_tokens and not writes_after(held["self"], None) else None
-
-
-def _coefficient(reader: MaskReader, leaf: Number) -> Coefficient:
-    """How to compute a number that depends on the head only."""
-    if is_constant(leaf):
-        return Const(float(leaf))
-    found = _leaf_of(reader, leaf, "h")
-    if found is not None:
-        return Read(found)
-    match leaf:
-        case Call("neg", (argument,)):
-            return _times(Const(-1.0), _coefficient(reader, argument))
-        case Call("log", (argument,)):
-            return Log(_coefficient(reader, argument))
-        case Call("mul", (left, right)):
-            return _times(_coefficient(reader, left), _coefficient(reader, right))
-        case sympy.Expr() if leaf.could_extract_minus_sign():
-            return _times(Const(-1.0), _coefficient(reader, -leaf))
-    raise NotUnderstood
-
-
-def _leaf_of(reader: MaskReader, number: Number, allowed: str) -> Leaf | None:
-    """The tensor of the graph that holds a number, if it has the allowed roles only."""
-    found = find_leaf(reader, number)
-    return found if found is not None and {role for role in found.roles if role} <= set(allowed) else None
-
-
-def _times(left: Coefficient, right: Coefficient) -> Coefficient:
-    match left, right:
-        case Const(a), Const(b):
-            return Const(a * b)
-        case (Const(1.0), other) | (other, Const(1.0)):
-            return other
-        case (Const(-1.0), other) | (other, Const(-1.0)):
-            return other.of if isinstance(other, Negative) else Negative(other)
-    return Times(left, right)
+    return (
+        Source(held["self"], leaf.roles) if is_over_tokens and not writes_after(held["self"], None) else None
+    )

@@ -4,17 +4,16 @@ A formula is a literal (an integer expression is at most 0; or a fact that only 
 other formulas. A value is a finite set of cases: leaf -> when it has that leaf; exactly one case holds anywhere.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, product
-from math import gcd
 from typing import TypeAlias
 
 import sympy
 from torch.fx import Node
 
-from attnopt.passes.mask_bounds import Bounds
+from attnopt.passes.mask_bounds import Bounds, reduced
 
 #: Where in a tensor: one expression a dimension.
 Index = tuple[sympy.Expr, ...]
@@ -64,6 +63,24 @@ class Fact(Formula):
 
     data: Data
     holds: bool = True
+
+
+@dataclass(frozen=True)
+class Same(Formula):
+    """A whole number of the query equals one of the key, and only data tell whether; not `holds`: they differ."""
+
+    query: Number
+    key: Number
+    holds: bool = True
+
+
+@dataclass(frozen=True)
+class Lag(Formula):
+    """first - second + by <= 0, for two elements of one tensor of whole numbers."""
+
+    first: Data
+    second: Data
+    by: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +133,10 @@ def negate(formula: Formula) -> Formula:
             return AtMostZero(1 - expr)
         case Fact(data, holds):
             return Fact(data, holds=not holds)
+        case Same(query, key, holds):
+            return Same(query, key, holds=not holds)
+        case Lag(first, second, by):
+            return Lag(second, first, 1 - by)
         case All(parts):
             return Some(tuple(map(negate, parts)))
         case Some(parts):
@@ -139,7 +160,7 @@ class Logic:
             return TRUE
         if self.bounds.lower(expr) > 0:
             return FALSE
-        return AtMostZero(_reduced(expr))
+        return AtMostZero(reduced(expr))
 
     def _by_alternatives(self, term: sympy.Expr, rest: sympy.Expr) -> Formula:
         """factor * max(a, b, ...) + rest <= 0: for all of them if the factor is positive, else for some."""
@@ -163,16 +184,17 @@ class Logic:
             return True
         if isinstance(p, AtMostZero) and isinstance(q, AtMostZero):
             return self.bounds.always_at_most_zero(q.expr - p.expr)
+        if isinstance(p, Lag) and isinstance(q, Lag):
+            return (p.first, p.second) == (q.first, q.second) and q.by <= p.by
         return False
 
     def conj(self, formulas: Iterable[Formula]) -> Formula:
         """All of `formulas`, without parts that follow from others; FALSE where two contradict each other."""
         parts = list(dict.fromkeys(p for formula in formulas for p in parts_of(formula)))
-        if len(parts) > MAX_PARTS:
-            raise NotUnderstood
+        _require_few(parts)
         if FALSE in parts:
             return FALSE
-        known = self._strongest([p for p in parts if isinstance(p, AtMostZero | Fact)])
+        known = self._strongest([p for p in parts if not isinstance(p, Combination)])
         if any(self.implies(p, negate(q)) for p, q in product(known, known)):
             return FALSE
         compound = [p for p in parts if isinstance(p, Some)]
@@ -230,8 +252,7 @@ class Logic:
         for leaf, condition in pairs:
             if condition != FALSE:
                 conditions.setdefault(leaf, []).append(condition)
-        if len(conditions) > MAX_PARTS:
-            raise NotUnderstood
+        _require_few(conditions)
         if len(conditions) == 1:
             return always(*conditions)
         return {leaf: self.disj(found) if len(found) > 1 else found[0] for leaf, found in conditions.items()}
@@ -266,15 +287,6 @@ def _all(parts: Iterable[Formula]) -> Formula:
     return distinct[0] if len(distinct) == 1 else All(distinct)
 
 
-def _reduced(expr: sympy.Expr) -> sympy.Expr:
-    """Without common factors: 2j - 2i - 1 <= 0 is, for integers, j - i <= 0."""
-    constant, terms = expr.as_coeff_Add()
-    factors = [
-        int(term.as_coeff_Mul()[0])
-        for term in sympy.Add.make_args(terms)
-        if term.as_coeff_Mul()[0].is_Integer
-    ]
-    common = gcd(*factors) if len(factors) == len(sympy.Add.make_args(terms)) else 1
-    if common in (0, 1):
-        return expr
-    return sympy.expand(terms / common) - sympy.floor(sympy.Rational(-constant, common))
+def _require_few(parts: Sized) -> None:
+    if len(parts) > MAX_PARTS:
+        raise NotUnderstood

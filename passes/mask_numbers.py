@@ -9,8 +9,20 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
-from attnopt.passes.mask_bounds import Bounds, integer_of
-from attnopt.passes.mask_formula import FALSE, TRUE, Call, Data, Formula, Logic, NotUnderstood, Number, negate
+from attnopt.passes.mask_bounds import POSITIONS, Bounds, integer_of
+from attnopt.passes.mask_formula import (
+    FALSE,
+    TRUE,
+    Call,
+    Data,
+    Formula,
+    Lag,
+    Logic,
+    NotUnderstood,
+    Number,
+    Same,
+    negate,
+)
 
 #: Integers up to here are exact in a dtype. Where sizes are symbolic, positions are taken to stay below 2^24.
 EXACT_BELOW = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
@@ -52,6 +64,8 @@ def convert(leaf: Number, dtype: torch.dtype, bounds: Bounds) -> Number:
         return rounded if math.isinf(rounded) else leaf
     if isinstance(leaf, sympy.Expr):
         _require_range(leaf, bounds, -EXACT_BELOW[dtype], EXACT_BELOW[dtype], unknown=dtype in WIDE)
+    elif is_whole(leaf):  # of any size: it may be rounded
+        raise NotUnderstood
     return leaf
 
 
@@ -60,10 +74,42 @@ def _as_integer(leaf: Number, dtype: torch.dtype, bounds: Bounds) -> Number:
         raise NotUnderstood
     if isinstance(leaf, Data) and leaf.node.meta["val"].dtype == dtype:
         return leaf
+    if isinstance(leaf, Call) and dtype == torch.int64 and is_whole(leaf):
+        return leaf
     if not isinstance(leaf, sympy.Expr):
         raise NotUnderstood
     _require_range(leaf, bounds, torch.iinfo(dtype).min, torch.iinfo(dtype).max, unknown=dtype in WIDE)
     return leaf
+
+
+def is_whole(leaf: Number) -> bool:
+    """Whether the number is a whole one that an int64 tensor holds, or made of such by whole arithmetic."""
+    match leaf:
+        case Data(node, _):
+            return bool(node.meta["val"].dtype == torch.int64)
+        case Call(op, args):
+            return op in WHOLE and all(map(is_whole, args))
+    return isinstance(leaf, sympy.Expr) and leaf.is_integer is not False
+
+
+def reads(leaf: Number, position: sympy.Symbol) -> bool:
+    """Whether a number depends on a position."""
+    match leaf:
+        case Call(_, args):
+            return any(reads(argument, position) for argument in args)
+        case Data(_, index):
+            return any(e.has(position) for e in index)
+    return isinstance(leaf, sympy.Expr) and leaf.has(position)
+
+
+def moved(leaf: Number, position: sympy.Symbol, to: sympy.Expr) -> Number:
+    """The same number at another position."""
+    match leaf:
+        case Call(op, args):
+            return Call(op, tuple(moved(argument, position, to) for argument in args))
+        case Data(node, index):
+            return Data(node, tuple(sympy.sympify(e).subs(position, to) for e in index))
+    return leaf.subs(position, to) if isinstance(leaf, sympy.Expr) else leaf
 
 
 def _require_range(expr: sympy.Expr, bounds: Bounds, least: int, most: int, *, unknown: bool) -> None:
@@ -130,6 +176,9 @@ def _remainder(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
     return PythonMod(a, b)
 
 
+#: Operations that make whole numbers of whole numbers.
+WHOLE = frozenset({"add", "sub", "mul", "neg", "abs", "maximum", "minimum", "floor_divide", "remainder"})
+
 ON_INTEGERS: Mapping[str, Callable[..., sympy.Expr | None]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -168,7 +217,35 @@ def at_most(logic: Logic, a: Number, b: Number) -> Formula:
         return _within(logic, -b, -a)
     if isinstance(a, sympy.Expr) and isinstance(b, float):
         return _within(logic, a, b)
+    return _lag(a, b)
+
+
+def _lag(a: Number, b: Number) -> Formula:
+    """a <= b for elements of one tensor, shifted by known numbers; one is the query's and one the key's."""
+    (first, add), (second, less) = _shifted(a), _shifted(b)
+    if first.node is not second.node or {_side(first), _side(second)} != {"i", "j"}:
+        raise NotUnderstood
+    return Lag(first, second, add - less)
+
+
+def _shifted(leaf: Number) -> tuple[Data, int]:
+    """The data and the known number of which a number is the sum."""
+    match leaf:
+        case Data(_, _) if is_whole(leaf):
+            return leaf, 0
+        case Call("add", (Data() as data, sympy.Integer() as by)) if is_whole(data):
+            return data, int(by)
+        case Call("add", (sympy.Integer() as by, Data() as data)) if is_whole(data):
+            return data, int(by)
+        case Call("sub", (Data() as data, sympy.Integer() as by)) if is_whole(data):
+            return data, -int(by)
     raise NotUnderstood
+
+
+def _side(leaf: Number) -> str:
+    """The letter i for a number that depends on the query and not on the key, j the other way round, else ""."""
+    at_query, at_key = reads(leaf, POSITIONS["i"]), reads(leaf, POSITIONS["j"])
+    return "" if at_query == at_key else "i" if at_query else "j"
 
 
 def _within(logic: Logic, expr: sympy.Expr, limit: float) -> Formula:
@@ -187,4 +264,8 @@ def below(logic: Logic, a: Number, b: Number) -> Formula:
 
 def equal(logic: Logic, a: Number, b: Number) -> Formula:
     """a == b."""
+    sides = {_side(a): a, _side(b): b}
+    is_data = any(isinstance(leaf, Data | Call) for leaf in (a, b))
+    if is_data and sides.keys() == {"i", "j"} and is_whole(a) and is_whole(b):
+        return Same(sides["i"], sides["j"])
     return logic.conj([at_most(logic, a, b), at_most(logic, b, a)])

@@ -35,6 +35,9 @@ from attnopt.passes.sizes import Size, is_one, same, shape_of
 #: What an element is: a condition for tensors of booleans, else a number.
 Value = Formula | Cases
 
+#: A node and the index into it.
+Element = tuple[Node, Index]
+
 #: Chains longer than this are computations, not masks.
 MAX_DEPTH = 48
 
@@ -92,22 +95,28 @@ class MaskReader:
     """Elements of one shadow graph.
 
     rules: by the name of an ATen operation, or by the function that a node calls. seen: all elements that were asked
-    for, (node, index) -> value. writes: in-place writes to each node so far asked about.
+    for so far. needs: element -> the elements it was computed from; None -> what was asked for from outside, since
+    the last `read`. writes: in-place writes to each node so far asked about. readings: what callers concluded; a
+    reader serves all sites of a graph that have the same sizes, so that a mask is read once for all layers.
     """
 
     logic: Logic
     rules: "Mapping[object, Rule]"
-    seen: dict[tuple[Node, Index], Value] = field(default_factory=dict)
+    seen: dict[Element, Value] = field(default_factory=dict)
     depth: int = 0
     writes: dict[Node, list[Node]] = field(default_factory=dict)
+    needs: dict[Element | None, dict[Element, None]] = field(default_factory=dict)
+    readings: dict[Any, Any] = field(default_factory=dict)
+    asking: Element | None = None
 
     def element(self, node: Node, index: Index) -> Value:
         """The element of `node`, as it was when the node had just run."""
         key = (node, index)
+        self.needs.setdefault(self.asking, {})[key] = None
         if key not in self.seen:
-            self.depth += 1
+            before, self.asking, self.depth = self.asking, key, self.depth + 1
             self.seen[key] = self._interpret(node, index)
-            self.depth -= 1
+            self.asking, self.depth = before, self.depth - 1
         return self.seen[key]
 
     def read(self, node: Node, roles: tuple[Role | None, ...], at: Node | None) -> Value:
@@ -115,22 +124,41 @@ class MaskReader:
 
         Without `at`: when anybody does; NotUnderstood if that is not the same for all.
         """
+        self.needs.pop(None, None)
         if at is None and not is_settled(node):
             raise NotUnderstood
         return self.element_at(node, index_of(roles), at)
 
+    def reached(self) -> dict[Element, Value]:
+        """The elements that the last `read` depends on, innermost first: all made before whatever asked for it."""
+        found: dict[Element, Value] = {}
+        entered: set[Element] = set()
+        pending = list(self.needs.get(None, ()))
+        while pending:
+            key = pending[-1]
+            if key not in entered:
+                entered.add(key)
+                pending.extend(self.needs.get(key, ()))
+                continue
+            found.setdefault(pending.pop(), self.seen[key])
+        return found
+
+    def written(self, node: Node, before: Node | None = None) -> list[Node]:
+        """In-place writes to `node`, in order; those before `before` reads it."""
+        if node not in self.writes:
+            self.writes[node] = writes_after(node, None)
+        return [write for write in self.writes[node] if before is None or write < before]
+
     def element_at(self, node: Node, index: Index, reader: Node | None) -> Value:
         """The element of `node` when `reader` reads it, in-place writes in between included."""
         value = self.element(node, index)
-        if node not in self.writes:
-            self.writes[node] = writes_after(node, None)
-        for write in self.writes[node]:
-            if reader is None or write < reader:
-                value = self._overwritten(node, write, index, value)
+        for write in self.written(node, reader):
+            value = self._overwritten(node, write, index, value)
         return value
 
     def _interpret(self, node: Node, index: Index) -> Value:
-        rule = self.rules.get(operation(node) or node.target) if node.op == "call_function" else None
+        name = operation(node) or node.target if node.op == "call_function" else node.op
+        rule = self.rules.get(name)
         dtype = node.meta["val"].dtype if isinstance(node.meta["val"], Tensor) else None
         if rule is not None and self.depth <= MAX_DEPTH and dtype is not None:
             try:

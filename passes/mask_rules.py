@@ -10,20 +10,34 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.buffers import BUFFER
 from attnopt.passes.mask_bounds import Role, bounds_for
 from attnopt.passes.mask_formula import Cases, Formula, Logic, NotUnderstood, Number, always, negate
+from attnopt.passes.mask_literals import element_of, form_of
 from attnopt.passes.mask_numbers import at_most, below, compute, convert, equal, from_float, is_exact
 from attnopt.passes.mask_reader import At, MaskReader, Rule, Value, as_numbers
 from attnopt.passes.mask_views import VIEWS, choose, piecewise
-from attnopt.passes.sizes import Size, is_one, shape_of
+from attnopt.passes.sizes import Size, shape_of
+from attnopt.shadow import CONSTANT
 
+#: Key in the metadata of a shadow's module, where the readers of its masks are kept while it is read.
+READERS = "attnopt_mask_readers"
 #: A literal tensor with more elements than this is data.
 MAX_LITERAL = 1 << 16
 
 
 def reader_for(node: Node, sizes: Mapping[Role, Size]) -> MaskReader:
-    """A reader for masks at `node`, whose positions run over `sizes`."""
-    return MaskReader(Logic(bounds_for(node, sizes)), RULES)
+    """The reader for masks of the graph of `node` whose positions run over `sizes`.
+
+    There is one for all sites of a graph with the same sizes; it lives as long as the graph does.
+    """
+    owner = node.graph.owning_module
+    held = {} if owner is None else owner.meta.setdefault(READERS, {})
+    key = tuple(sizes.items())
+    if key not in held:
+        held[key] = MaskReader(Logic(bounds_for(node, sizes)), RULES)
+    reader: MaskReader = held[key]
+    return reader
 
 
 def _arange(at: At) -> Value:
@@ -180,47 +194,33 @@ def _diff(at: At) -> Value:
 
 
 def _copy_of_literal(at: At) -> Value:
-    """A tensor written out in the program: one number, evenly spaced numbers, or a triangle."""
+    """A tensor written out in the program."""
     source = at.args["self"]
     if source.op != "get_attr":
         return at.value(source)
     held = getattr(source.graph.owning_module, source.target, None)
-    if type(held) is not Tensor or not 0 < held.numel() <= MAX_LITERAL or held.dtype.is_complex:
+    if type(held) is not Tensor or not 0 < held.numel() <= MAX_LITERAL:
         raise NotUnderstood
-    numbers = [from_float(float(x)) for x in held.flatten().tolist()]
-    if len(set(numbers)) == 1:
-        return always(numbers[0])
-    kept = [(e, int(size)) for e, size in zip(at.index, shape_of(source), strict=True) if not is_one(size)]
-    if len(kept) == 1:
-        return _evenly_spaced(numbers, kept[0][0])
-    if len(kept) == 2:
-        return _stepped(at, numbers, kept)
-    raise NotUnderstood
+    return _element(at, held)
 
 
-def _evenly_spaced(numbers: list[Number], at: sympy.Expr) -> Value:
-    first, step = numbers[0], compute("sub", numbers[1], numbers[0])
-    if not isinstance(first, sympy.Expr) or not isinstance(step, sympy.Expr):
+def _input(at: At) -> Value:
+    """A constant of the program, or what a module holds: the latter only behind a check at run time."""
+    if CONSTANT in at.node.meta:
+        return _element(at, at.node.meta[CONSTANT])
+    buffer = at.node.meta.get(BUFFER)
+    if buffer is None or at.reader.written(at.node):
         raise NotUnderstood
-    if any(number != first + n * step for n, number in enumerate(numbers)):
-        raise NotUnderstood
-    return always(first + step * at)
+    value = _element(at, buffer.value)
+    buffer.read = True
+    return value
 
 
-def _stepped(at: At, numbers: list[Number], kept: list[tuple[sympy.Expr, int]]) -> Value:
-    """One number up to a diagonal, another one beyond it."""
-    (row, rows), (column, columns) = kept
-    low, high = numbers[(rows - 1) * columns], numbers[columns - 1]
-    if low == high:
+def _element(at: At, held: Tensor) -> Value:
+    form = form_of(held)
+    if form is None:
         raise NotUnderstood
-    diagonal = sum(number == low for number in numbers[:columns]) - 1
-    if diagonal < 0:
-        diagonal = -next(r for r in range(rows) if numbers[r * columns] == low)
-    expected = [low if c <= r + diagonal else high for r in range(rows) for c in range(columns)]
-    if numbers != expected:
-        raise NotUnderstood
-    inside = at.logic.at_most_zero(column - row - diagonal)
-    return at.logic.select(inside, always(low), always(high))
+    return element_of(form, at.index, at.shape, at.logic)
 
 
 def _and(logic: Logic, a: Formula, b: Formula) -> Formula:
@@ -293,5 +293,6 @@ RULES: Mapping[object, Rule] = MappingProxyType(
         "cumsum": _cumsum,
         "diff": _diff,
         "lift_fresh_copy": _copy_of_literal,
+        "placeholder": _input,
     }
 )

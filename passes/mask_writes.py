@@ -60,7 +60,7 @@ def written_by(node: Node) -> Node | None:
 
 def writes_after(node: Node, end: Node | None) -> list[Node]:
     """Writes to the memory of `node` after it was made and before `end` reads it, in order; None: until the end."""
-    found = {user for alias in _aliases(node) for user in alias.users if written_by(user) is alias}
+    found = {user for alias in sharing(node) for user in alias.users if written_by(user) is alias}
     return sorted(w for w in found if node < w and (end is None or w < end))
 
 
@@ -78,7 +78,8 @@ def _readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-def _aliases(node: Node) -> set[Node]:
+def sharing(node: Node) -> set[Node]:
+    """All nodes whose values may share memory with that of `node`."""
     seen, pending = {node}, [node]
     while pending:
         near = {other for other in _neighbours(pending.pop()) if other not in seen}

@@ -1,7 +1,8 @@
 """Runs the part of a shadow between a site's operands and its root, in fp64, at its own or at smaller sizes."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from attnopt.buffers import BUFFER
 from attnopt.passes import emit
-from attnopt.passes.mask_writes import writes_after
+from attnopt.passes.layout import dropout_rate
+from attnopt.passes.mask_writes import is_settled, writes_after
 from attnopt.passes.sizes import Concrete
+from attnopt.passes.softmax_nodes import same_value
 from attnopt.rule import Site
 from attnopt.shadow import CONSTANT, Shadow
 
@@ -30,36 +34,46 @@ _SHAPED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """nodes: what has to run, in order, writes in place included; leaves: where it starts; root: where it ends."""
+    """nodes: what has to run, in order, writes in place included; leaves: where it starts; root: where it ends.
+
+    twins: nodes that compute what a leaf does, with that leaf.
+    """
 
     nodes: tuple[Node, ...]
     leaves: tuple[Node, ...]
     root: Node
+    twins: Mapping[Node, Node] = field(default_factory=dict)
 
     @classmethod
     def of(cls, shadow: Shadow, site: Site) -> "Replay":
         """The slice of one site."""
         leaves = tuple(emit.leaves(site))
+        if site.body:
+            inside = {*site.body}
+            entering = (n for node in site.body for n in node.all_input_nodes if n not in inside)
+            return cls(site.body, tuple(dict.fromkeys((*leaves, *entering))), site.root)
         seen: set[Node] = set()
+        twins: dict[Node, Node] = {}
         pending = [site.root]
         while pending:
             node = pending.pop()
             if node in seen:
                 continue
             seen.add(node)
-            pending.extend(writes_after(node, site.root))
+            if (twin := _twin(node, leaves)) is not None:
+                twins[node] = twin
+                continue
+            if node not in leaves or not is_settled(node):
+                pending.extend(writes_after(node, site.root))
             if node not in leaves:
                 pending.extend(node.all_input_nodes)
-        needed = seen - {*leaves}
-        return cls(tuple(sorted(needed, key=lambda n: shadow.order[n])), leaves, site.root)
+        needed = seen - {*leaves} - {*twins}
+        return cls(tuple(sorted(needed, key=lambda n: shadow.order[n])), leaves, site.root, twins)
 
     def run(self, values: Mapping[Node, Any], sizes: Concrete) -> Tensor:
         """The root's value. values: of the leaves; sizes: numbers for the graph's sizes."""
-        known: dict[Node, Any] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
-        free = torch.Generator().manual_seed(1)
-        for node in self.nodes:
-            known[node] = _wide(_run(node, known, sizes, free))
-        result: Tensor = known[self.root]
+        held = {**values, **{twin: values[leaf] for twin, leaf in self.twins.items()}}
+        result: Tensor = evaluate(self.nodes, held, sizes)[self.root]
         return result
 
     @property
@@ -73,18 +87,44 @@ class Replay:
         return frozenset(abs(x) for x in written if type(x) is int and x not in sizes)
 
 
+def _twin(node: Node, leaves: Sequence[Node]) -> Node | None:
+    """The leaf of which `node` is a second computation, from the same by the same operations."""
+    if node.op != "call_function" or node in leaves:
+        return None
+    return next((leaf for leaf in leaves if leaf.target is node.target and same_value(leaf, node)), None)
+
+
+def evaluate(nodes: Sequence[Node], values: Mapping[Node, Any], sizes: Concrete) -> dict[Node, Any]:
+    """The values of `nodes`, run in this order in fp64, and those given; writes in place change what they write to."""
+    known: dict[Node, Any] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+    free = torch.Generator().manual_seed(1)
+    for node in nodes:
+        known[node] = _wide(_run(node, known, sizes, free))
+    return known
+
+
 def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Generator) -> Any:
     if node.op == "placeholder":
         return _input(node, sizes, free)
     if node.op == "get_attr":
         held = getattr(node.graph.owning_module, str(node.target))
         return held.detach().cpu() if isinstance(held, Tensor) else held
+    if _drops(node):
+        return known[node.args[0]]  # type: ignore[index]
     shaped = _packet(node) in _SHAPED
     kept = sizes if shaped else Concrete()
     args, kwargs = pytree.tree_map(lambda x: _argument(x, known, kept), (node.args, node.kwargs))
+    if node.target == aten.scaled_dot_product_attention.default:
+        args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        kwargs = kwargs | {"dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
     if _makes_floats(node):
         args = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _drops(node: Node) -> bool:
+    """Whether the node is dropout: its random numbers are no part of what is compared."""
+    return node.target == aten.dropout.default and dropout_rate(node) < 1
 
 
 def _makes_floats(node: Node) -> bool:
@@ -131,6 +171,9 @@ def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
     value = node.meta.get(CONSTANT, node.meta["val"])
     if CONSTANT in node.meta:
         return value.detach().cpu().clone()
+    buffer = node.meta.get(BUFFER)
+    if buffer is not None and buffer.read:
+        return buffer.value.detach().cpu().clone()
     if isinstance(value, torch.SymInt):
         return sizes.of(value)
     if not isinstance(value, Tensor):
@@ -144,12 +187,21 @@ def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
 def normal_form(replay: Replay, site: Site) -> str:
     """The slice, its operands and the spec as text; equal for equal sites, whatever their place in the graph."""
     number = {node: n for n, node in enumerate((*replay.leaves, *replay.nodes))}
-    lines = [
-        f"{number[n]}: {n.target if n.op == 'call_function' else n.op} {_shown(n, number)}"
-        for n in replay.nodes
-    ]
+    number |= {twin: number[leaf] for twin, leaf in replay.twins.items()}
+    lines = [f"{number[n]}: {_told(n)} {_shown(n, number)}" for n in replay.nodes]
     held = [f"{number[n]}: {_meta(n)}" for n in replay.leaves]
     return "\n".join([str(site.spec), *held, *lines])
+
+
+def _told(node: Node) -> str:
+    """What a node does; of a tensor that the program holds, its elements."""
+    if node.op == "call_function":
+        return str(node.target)
+    held = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+    if not isinstance(held, Tensor):
+        return node.op
+    elements = held.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{node.op} {sha256(elements.numpy().tobytes()).hexdigest()}"
 
 
 def _shown(node: Node, number: Mapping[Node, int]) -> str:

@@ -1,6 +1,7 @@
 """Reads scaled_dot_product_attention nodes: top-left causal, zeros for rows that see no key, optional GQA."""
 
 from dataclasses import replace
+from operator import getitem
 from typing import Any
 
 import torch
@@ -8,9 +9,12 @@ from torch.fx import Node
 
 from attnopt.mask import FULL, TOP_LEFT, Causal
 from attnopt.passes.layout import Axes, Dims, Space, broadcast_up
+from attnopt.passes.mask_writes import arguments
 from attnopt.passes.sizes import Size, is_one, product, same, shape_of
-from attnopt.passes.softmax import Frame, Parts, build
+from attnopt.passes.softmax import Parts, build
+from attnopt.passes.softmax_frame import Frame
 from attnopt.passes.terms import Fill, Scores, Term
+from attnopt.passes.weights import Change
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
 
@@ -20,27 +24,54 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale
 _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
+#: What the call becomes when its backend is chosen while tracing: the output comes first among several results.
+_CHOSEN = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_attention_math.default,
+    }
+)  # fmt: skip
+
+
 class SdpaRule:
     """Every call of torch's scaled_dot_product_attention."""
 
     name = "sdpa"
-    anchors = frozenset({aten.scaled_dot_product_attention.default})
+    anchors = frozenset({aten.scaled_dot_product_attention.default, *_CHOSEN})
 
     def read(self, anchor: Node, shadow: Shadow) -> Site:
         """The site of one call. Raises Reject."""
-        call: dict[str, Any] = {**_DEFAULTS, **dict(zip(_NAMES, anchor.args, strict=False)), **anchor.kwargs}
-        if call["dropout_p"] > 0:
-            raise Reject(f"dropout {call['dropout_p']:g} on the attention weights", anchor)
+        held = arguments(anchor)
+        call: dict[str, Any] = {**_DEFAULTS, **{name: held[name] for name in _NAMES if name in held}}
+        root = anchor
+        if anchor.target in _CHOSEN:
+            call |= {"attn_mask": held.get("attn_mask", held.get("attn_bias")), "enable_gqa": True}
+            root = _output(anchor, call, shadow)
+        if not 0 <= call["dropout_p"] < 1:
+            raise Reject(f"dropout {call['dropout_p']:g} on the attention weights leaves nothing", anchor)
         space = Space()
-        q, k, v, weights, out = _label(space, call, anchor)
+        q, k, v, weights, out = _label(space, call, root)
         key = weights[-1]
         scores = _scores(call, weights, q[-1], anchor)
         parts = Parts(
-            (call["query"], q), (call["key"], k), (call["value"], v), scores, anchor.meta["val"].dtype
+            (call["query"], q), (call["key"], k), (call["value"], v), scores, root.meta["val"].dtype
         )
         given = Causal(TOP_LEFT) if call["is_causal"] else FULL
-        frame = Frame(self.name, anchor, out, weights, key, frozenset(), given)
+        change = Change(dropout=float(call["dropout_p"]))
+        frame = Frame(self.name, root, out, weights, key, frozenset({anchor} - {root}), given, change)
         return build(space, shadow, parts, frame, safe=True)
+
+
+def _output(anchor: Node, call: dict[str, Any], shadow: Shadow) -> Node:
+    """The output among the results of a call whose backend was chosen."""
+    users = shadow.users(anchor)
+    if len(users) != 1 or users[0].target is not getitem or users[0].args[1] != 0:
+        raise Reject("something else than the output of the call is used too", anchor, 1)
+    lengths = (shape_of(call[name])[-2] for name in ("query", "key"))
+    if call["is_causal"] and not same(*lengths):
+        raise Reject("how the backend aligns a causal mask of unequal lengths is not known", anchor, 1)
+    return users[0]
 
 
 def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, Dims, Dims, Dims]:

@@ -1,7 +1,8 @@
 """From labelled tensors to a Site: which axes are batch, heads, queries, keys; and how each operand is obtained."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch.fx import Node
 
 from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Axes, Axis, Dims, Space, input_node, step_up
-from attnopt.passes.mask_writes import writes_after
+from attnopt.passes.mask_writes import is_settled, sharing, writes_after, written_by
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
@@ -23,8 +24,11 @@ class Operand:
 
     factor: multiplied onto it. times: further tensors, or scalars, multiplied onto it (`inverse`: dividing it). rsqrt:
     it is divided by the square root of the length of these axes. dtype: what it is cast to first (None: left as it
-    is). negated: a boolean operand is inverted. function: what is taken of it before the factors, such as its natural
-    logarithm. layout: its canonical dimensions, where its name does not tell them.
+    is). negated: a boolean operand is inverted first. function: what is taken of it before the factors, such as its
+    natural logarithm ("log"), or the "differences" of neighbours, which undo a running sum; in the end, what
+    it is "relative" to the largest of its row; or how it is multiplied:
+    what it does not keep becomes 0, even NaN ("keep"). layout: its canonical dimensions, where its name does not tell
+    them.
     """
 
     node: Node
@@ -35,7 +39,7 @@ class Operand:
     rsqrt: Axes = ()
     dtype: torch.dtype | None = None
     negated: bool = False
-    function: Literal["", "log"] = ""
+    function: Literal["", "log", "keep", "differences", "relative"] = ""
     layout: tuple[Axes, ...] | None = None
 
 
@@ -87,15 +91,25 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How the kernel's output (B, H, Sq, Dv) becomes the value of the root."""
+    """How the kernel's output (B, H, Sq, Dv) becomes the value of the root; times: tensors multiplied onto it."""
 
     roles: Roles
     dims: Dims
     dtype: torch.dtype
+    factor: float = 1.0
+    times: tuple[Operand, ...] = ()
+    layout: tuple[Axes, ...] | None = (
+        None  # the kernel's dimensions, where it is not the output but the last state
+    )
 
 
-def assign_roles(space: Space, q: Dims, k: Dims, v: Dims, scores: Dims, key: Axes) -> Roles:
-    """Sorts the axes of a softmax site; `scores` are the dimensions of the softmax, `key` the one it normalises."""
+def assign_roles(
+    space: Space, q: Dims, k: Dims, v: Dims, scores: Dims, key: Axes, per_head: Axes = ()
+) -> Roles:
+    """Sorts the axes of a softmax site; `scores` are the dimensions of the softmax, `key` the one it normalises.
+
+    per_head: axes of something that has one number for each head: heads, where they could be a batch as well.
+    """
     key = space.leaves(key)
     in_q, in_k, in_v = (set(flat(space, dims)) for dims in (q, k, v))
     order = [a for a in flat(space, scores) if a not in key]
@@ -103,6 +117,10 @@ def assign_roles(space: Space, q: Dims, k: Dims, v: Dims, scores: Dims, key: Axe
     alone = [a for a in order if a not in in_k | in_v]
     query = _query(space, scores, key, alone)
     batch, kv_heads = _batch_and_heads(space, scores, shared)
+    if len(shared) == 1 and {*shared} <= {*per_head}:
+        batch, kv_heads = (), tuple(shared)
+    if (in_k ^ in_v) & set(shared) and in_q >= set(shared):
+        batch, kv_heads = _shared_differently(shared, in_k & in_v)
     known = {*order, *key}
     if not in_q - known <= in_k:
         raise Reject(f"queries have {len(in_q)} axes of which some meet no key")
@@ -136,6 +154,12 @@ def _batch_and_heads(space: Space, scores: Dims, shared: Sequence[Axis]) -> tupl
     if shared and len(scores) > 3 and shared[0] not in first:
         return (), tuple(shared)
     return tuple(shared), ()
+
+
+def _shared_differently(shared: Sequence[Axis], both: set[Axis]) -> tuple[Axes, Axes]:
+    """Keys and values that are repeated along different axes: those are heads, along which each is copied."""
+    batch = tuple(a for a in shared if a in both)[:-1]
+    return batch, tuple(a for a in shared if a not in batch)
 
 
 def peel(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float]:
@@ -200,9 +224,11 @@ def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtyp
 
 
 def check_unmutated(operands: Mapping[str, Operand], root: Node) -> None:
-    """Operands must hold the same value at the root as where they were made."""
+    """Operands must hold the same value at the root as where the graph reads them."""
     for name, operand in operands.items():
         for part in (operand, *operand.times):
+            if is_settled(part.node):
+                continue
             for late in writes_after(part.node, root):
                 raise Reject(f"{name} is written to in place before the attention uses it", late)
 
@@ -215,11 +241,45 @@ def _storage(node: Node) -> int | None:
 def check_inside(shadow: Shadow, interior: Iterable[Node], root: Node) -> None:
     """No interior value may be needed elsewhere, or returned."""
     inside = {*interior, root}
+    _check_buffers(shadow, inside)
     for node in inside - {root}:
         outside = [user for user in shadow.users(node) if user not in inside]
         if node in shadow.results or outside:
             user = "returned by the graph" if node in shadow.results else f"used by {outside[0].name}"
             raise Reject(f"an inner value of the attention ({node.name}) is also {user}", node)
+
+
+def outside_uses(shadow: Shadow, interior: Iterable[Node], root: Node) -> Iterator[tuple[Node, str]]:
+    """Inner values that something else needs too, each with what does, in words; Reject if they are written to."""
+    inside = {*interior, root}
+    _check_buffers(shadow, inside)
+    for node in sorted(inside - {root}, key=lambda n: shadow.order[n]):
+        outside = [user for user in shadow.users(node) if user not in inside and not _is_idle(shadow, user)]
+        if node not in shadow.results and not outside:
+            continue
+        user = "returned by the graph" if node in shadow.results else f"used by {outside[0].name}"
+        if late := writes_after(node, None):
+            reason = f"an inner value of the attention ({node.name}) is written to in place, and also {user}"
+            raise Reject(reason, late[0], len(inside))
+        yield node, user
+
+
+def _check_buffers(shadow: Shadow, inside: set[Node]) -> None:
+    """A tensor into which an inner value is written, and which is none itself, must be of no use to anyone else."""
+    for node in inside:
+        buffer = written_by(node)
+        for alias in () if buffer is None or buffer in inside else sharing(buffer) - inside:
+            later = [u for u in shadow.users(alias) if u not in inside and node < u]
+            if alias.op == "placeholder" or alias in shadow.results or later:
+                reason = (
+                    f"an inner value of the attention is written into {alias.name}, which is used elsewhere"
+                )
+                raise Reject(reason, node, len(inside))
+
+
+def _is_idle(shadow: Shadow, node: Node) -> bool:
+    """Whether the node takes out one of several results, and nobody uses it."""
+    return node.target is getitem and node not in shadow.results and not shadow.users(node)
 
 
 def with_dtype(operand: Operand, dtype: torch.dtype) -> Operand:

@@ -1,31 +1,42 @@
-"""Reads softmax(f(Q K^T)) V, where f is any mix of scales, masks, biases, a soft cap, casts and views."""
+"""Reads softmax(f(Q K^T)) V, where f is any mix of scales, masks, biases, a soft cap, casts and views.
+
+How the softmax itself is spelled is a `Form` (softmax_form): one operator, with or without a learned sink
+(softmax_sinks), or written out (softmax_exp).
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
 from torch.fx import Node
 
-from attnopt.mask import FULL, Mask
 from attnopt.passes.contraction import Contraction
-from attnopt.passes.layout import Dims, Space, input_node
+from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.logits import Logits, LogitsReader
 from attnopt.passes.scores import ScoreReader
+from attnopt.passes.scores_factors import on_operands
 from attnopt.passes.site import (
+    Filled,
     Operand,
     Result,
     Roles,
     assign_roles,
-    check_inside,
     check_unmutated,
     flat,
+    outside_uses,
     peel,
     with_dtype,
     working_dtype,
 )
-from attnopt.passes.sizes import product, shape_of
-from attnopt.passes.terms import Cast, Scores, Term
+from attnopt.passes.sizes import product
+from attnopt.passes.softmax_form import Form
+from attnopt.passes.softmax_frame import Frame, read_logits, read_result, read_sink
+from attnopt.passes.softmax_nodes import depends_on
+from attnopt.passes.softmax_ones import read_ones
+from attnopt.passes.softmax_output import read_output
+from attnopt.passes.softmax_sinks import read_softmax
+from attnopt.passes.terms import Scores
 from attnopt.passes.weights import read_weights
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
@@ -42,37 +53,25 @@ class SoftmaxRule:
 
     def read(self, anchor: Node, shadow: Shadow) -> Site:
         """The site around one softmax node. Raises Reject."""
-        space = Space()
-        dims = tuple(space.fresh(size) for size in shape_of(anchor))
-        key = dims[int(anchor.args[1])] if dims else ()  # type: ignore[arg-type]
-        if not key:
-            raise Reject("the softmax runs over a single element", anchor)
-        weights = read_weights(space, shadow, anchor, dims, key)
-        cast = Cast(anchor.meta["val"].dtype, 1.0)  # softmax(x, dim, dtype) casts x first
-        scores = ScoreReader(space, shadow).read(input_node(anchor), dims, Scores(casts=(cast,)))
-        parts = pair(space, scores, weights.value, weights.value_dims, key)
-        frame = Frame(
-            self.name,
-            weights.form.node,
-            weights.out_dims,
-            dims,
-            key,
-            frozenset((*scores.path, *weights.path)),
-        )
-        return build(space, shadow, parts, frame, safe=anchor.target is aten._safe_softmax.default)
+        return site_around(self.name, read_softmax(anchor, shadow), shadow)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Where a site sits: the rule, the root with its dimensions, those of the weights, the key axis, inner nodes."""
-
-    rule: str
-    root: Node
-    out: Dims
-    weights: Dims
-    key: tuple[object, ...]
-    interior: frozenset[Node]
-    given: Mask = FULL  # what the call says of its mask without a tensor
+def site_around(rule: str, form: Form, shadow: Shadow) -> Site:
+    """The site around a softmax of any form: the values below, the scores above, the rest of the output."""
+    space, dims, key = form.space, form.dims, form.key
+    weights = read_weights(space, shadow, form.start, dims, key)
+    output = read_ones(form, shadow, weights) or read_output(form, shadow, weights)
+    given = Scores(form.scale, casts=form.casts, fills=form.fills)
+    scores = ScoreReader(space, shadow).read(form.logits, dims, given)
+    parts = pair(space, scores, *(output.value or (weights.value, weights.value_dims)), key)
+    after = frozenset((*weights.path, *output.path))
+    interior = frozenset((*scores.path, *form.inner, *after, *output.beside))
+    frame = Frame(
+        rule, output.root, output.dims, dims, key, interior,
+        change=weights.change, sink=output.sink, sharp=form.sharp, after=after,
+    )  # fmt: skip
+    site = build(space, shadow, parts, frame, safe=form.safe)
+    return replace(site, unshifted=form.unshifted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +106,77 @@ def pair(
 
 def build(space: Space, shadow: Shadow, parts: Parts, frame: Frame, *, safe: bool) -> Site:
     """The site from its labelled parts: operands peeled, axes sorted, mask and bias told apart, then checked."""
-    q_node, q_dims, q_factor = peel(space, *parts.q)
-    k_node, k_dims, k_factor = peel(space, *parts.k)
-    v_node, v_dims, v_factor = peel(space, *parts.v)
+    (q_node, q_dims, q_factor), (k_node, k_dims, k_factor), (v_node, v_dims, v_factor) = _peeled(space, parts)
     if v_factor != 1.0:
         v_node, v_dims = parts.v
-    roles = assign_roles(space, q_dims, k_dims, v_dims, frame.weights, frame.key)  # type: ignore[arg-type]
-    logits = LogitsReader(space, roles, frame.given, safe).read(parts.scores.fills, parts.scores.terms)
+    roles = assign_roles(space, q_dims, k_dims, v_dims, frame.weights, frame.key, _sink_axes(space, frame))  # type: ignore[arg-type]
+    _need_own_keys(space, roles, (k_node, k_dims), v_dims)
+    logits = read_logits(LogitsReader(space, roles, frame.given, safe), parts.scores, frame)
     dtype = _dtype(parts, frame.root, (q_node, k_node, v_node))
-    times = tuple(_factor(space, roles, term) for term in parts.scores.factors)
+    times, key_times = on_operands(space, roles, parts.scores.factors)
     q = Operand(q_node, space.resolve(q_dims), times=times, rsqrt=space.leaves(parts.scores.rsqrt))
     k, v = (with_dtype(Operand(n, space.resolve(d)), dtype) for n, d in ((k_node, k_dims), (v_node, v_dims)))
-    spec = _spec(parts.scores, parts.scores.scale * q_factor * k_factor, roles, logits, frame.root)
-    operands = {"q": with_dtype(q, dtype), "k": k, "v": v, **logits.operands}
-    _check(shadow, operands, spec, frame, roles)
-    result = Result(roles, space.resolve(frame.out), frame.root.meta["val"].dtype)
-    return Site(frame.rule, frame.root, spec, operands, result, frame.interior)
+    k = replace(k, times=(*key_times, *logits.keys))
+    spec = _spec(parts.scores, parts.scores.scale * q_factor * k_factor, roles, logits, frame)
+    operands: dict[str, Operand | Filled] = {"q": with_dtype(q, dtype), "k": k, "v": v, **logits.operands}
+    if frame.sink is not None:
+        sink = read_sink(space, roles, frame.sink, parts.scores.shift)
+        operands["sink_logits"] = sink
+        spec = replace(spec, sink_logits=True, sink_per_query=len(sink.layout or ()) == 3)
+    result = read_result(space, roles, frame)
+    _check(shadow, operands, spec, frame, result)
+    needless = _needless(shadow, frame, operands, result)
+    site = Site(
+        frame.rule, frame.root, spec, operands, result, frame.interior,
+        needless=needless, forward_only=logits.forward_only,
+    )  # fmt: skip
+    masks = set(logits.mask.operand_names())
+    rest = {name: operand for name, operand in operands.items() if name not in masks}
+    return replace(
+        site,
+        otherwise=tuple(
+            replace(site, spec=replace(spec, mask=mask), operands={**rest, **tensors})
+            for mask, tensors in logits.otherwise
+        ),
+    )
+
+
+def _need_own_keys(space: Space, roles: Roles, keys: tuple[Node, Dims], values: Dims) -> None:
+    """A router: one matrix scores every token by itself, and weighs values which that token alone has made."""
+    node, dims = keys
+    alike = not {*roles.batch, *roles.kv_heads} & set(flat(space, dims))
+    if not roles.query and alike and {*roles.batch, *roles.kv_heads} & set(flat(space, values)):
+        raise Reject("each token is weighed by itself against one matrix: a router, not attention", node)
+
+
+def _peeled(space: Space, parts: Parts) -> list[tuple[Node, Dims, float]]:
+    """q, k and v, each with axes and factor; as they entered, where an axis would be lost that all had expanded."""
+    entered = (parts.q, parts.k, parts.v)
+    peeled = [peel(space, *part) for part in entered]
+    for n, (node, dims) in enumerate(entered):
+        held = {a for _, axes, _ in peeled for a in flat(space, axes)}
+        if not held >= set(flat(space, dims)):
+            peeled[n] = node, space.resolve(dims), 1.0
+    return peeled
+
+
+def _needless(shadow: Shadow, frame: Frame, operands: Mapping[str, Operand | Filled], result: Result) -> str:
+    """Why a call would save nothing: the weights, or the scores, have to be computed anyway."""
+    for node, user in outside_uses(shadow, frame.interior, frame.root):
+        if node in frame.after:
+            return f"the attention weights ({node.name}) are also {user}, so they must be computed anyway"
+    named = [(name, o) for name, o in operands.items() if isinstance(o, Operand)]
+    for name, operand in (*named, *(("a factor", o) for o in result.times)):
+        for part in (operand, *operand.times):
+            if depends_on(shadow, part.node, frame.interior):
+                return f"{name} ({part.node.name}) is made of the scores, so they must be computed anyway"
+    return ""
+
+
+def _sink_axes(space: Space, frame: Frame) -> Axes:
+    """The axes along which a sink varies."""
+    term = None if frame.sink is None else frame.sink.term
+    return () if term is None else flat(space, peel(space, term.node, term.dims)[1])
 
 
 def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node]) -> torch.dtype:
@@ -136,15 +190,8 @@ def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node]) -> torch.dt
     return working
 
 
-def _factor(space: Space, roles: Roles, term: Term) -> Operand:
-    """A tensor that multiplies the scores can multiply the queries, if it does not vary along the keys."""
-    dims = space.resolve(term.dims)
-    if {a for axes in dims for a in axes} - {*roles.batch, *roles.heads, *roles.query}:
-        raise Reject("the scores are multiplied by a tensor that varies along the keys", term.node)
-    return Operand(term.node, dims, term.factor, inverse=term.inverse)
-
-
-def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, root: Node) -> AttentionSpec:
+def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, frame: Frame) -> AttentionSpec:
+    root = frame.root
     share = product(a.size for a in roles.share)
     if not isfinite(scale):
         raise Reject(f"the scores are scaled by {scale}", root)
@@ -154,35 +201,45 @@ def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, root: Node
     held = form.node.meta["val"].dtype if form is not None else None
     return AttentionSpec(
         "softmax", scale, Heads(share), logits.mask, logits.empty_row, logits.bias, scores.softcap,
+        dropout=frame.change.dropout,
         precision=Precision(scores=held, out=root.meta["val"].dtype),
     )  # fmt: skip
 
 
 def _check_whole(name: str, operand: Operand, roles: Roles) -> None:
-    """Several axes merge into one dimension without a copy only if the operand has all of them, or none."""
+    """Several axes merge into one dimension without a copy only if the operand has all of them, or none.
+
+    Keys and values are copied where they are repeated along different heads: so the graph does.
+    """
     held = {a for axes in operand.dims for a in axes}
     for group in roles.layout(name):
-        if held & {*group} and not held >= {*group}:
+        copied = name != "q" and group == roles.kv_heads
+        if held & {*group} and not held >= {*group} and not copied:
             raise Reject(
                 f"{name} has some of the axes of its batch or heads, and would be copied along the others",
                 operand.node,
+                9,
             )
 
 
 def _check(
-    shadow: Shadow, operands: Mapping[str, Operand], spec: AttentionSpec, frame: Frame, roles: Roles
+    shadow: Shadow,
+    operands: Mapping[str, Operand | Filled],
+    spec: AttentionSpec,
+    frame: Frame,
+    result: Result,
 ) -> None:
-    devices = {o.node.meta["val"].device for o in operands.values()}
+    tensors = {name: o for name, o in operands.items() if isinstance(o, Operand)}
+    devices = {o.node.meta["val"].device for o in tensors.values()}
     if len(devices) != 1:
-        raise Reject(f"operands on different devices: {', '.join(sorted(map(str, devices)))}", frame.root)
+        raise Reject(f"operands on different devices: {', '.join(sorted(map(str, devices)))}", frame.root, 9)
     if set(operands) != set(spec.operand_names()):
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", frame.root)
     for name in "qkv":
-        _check_whole(name, operands[name], roles)
-        if operands[name].node in frame.interior:
-            raise Reject(f"{name} is made from the scores", operands[name].node)
-    check_inside(shadow, frame.interior, frame.root)
-    check_unmutated(operands, frame.root)
+        _check_whole(name, tensors[name], result.roles)
+        if depends_on(shadow, tensors[name].node, frame.interior):
+            raise Reject(f"{name} is made from the scores", tensors[name].node, 9)
+    check_unmutated({**tensors, **{f"factor {n}": o for n, o in enumerate(result.times)}}, frame.root)
 
 
 RULE = SoftmaxRule()

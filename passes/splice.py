@@ -11,30 +11,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
-from attnopt.passes.sizes import hint, is_one, same, size_of
+from attnopt.passes.splice_layout import is_laid_out_as, memory_order, shows_layout
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
 from attnopt.spec import AttentionSpec
 
 aten = torch.ops.aten
-
-#: Operations that keep the memory of their input.
-_STRIDED = frozenset(
-    {
-        aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,
-        aten.select.int, aten.alias.default, aten.t.default, aten.mT.default, aten.to.dtype, aten.detach.default,
-        aten.reshape.default, aten.flatten.using_ints,
-    }
-)  # fmt: skip
-
-
-#: Operations after which the memory layout of their input no longer shows.
-_FORGETFUL = frozenset(
-    {
-        aten.contiguous.default, aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default,
-        aten.addmm.default, aten.baddbmm.default, aten.einsum.default, aten.cat.default, aten.stack.default,
-    }
-)  # fmt: skip
 
 
 def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -> GraphModule:
@@ -46,50 +28,41 @@ def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -
             traced = make_fx(called, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
         except GuardOnDataDependentSymNode as problem:
             raise Reject("a size depends on data, and the kernel has to know it", site.root) from problem
-    made, wanted = _result(traced).meta["val"], site.root.meta["val"]
+    for result, end in zip(_results(traced), emit.ends(site), strict=True):
+        _check_fits(shadow, result.meta["val"], end)
+    return traced
+
+
+def _check_fits(shadow: Shadow, made: Tensor, end: Node) -> None:
+    wanted = end.meta["val"]
     if made.dtype != wanted.dtype or len(made.shape) != len(wanted.shape):
         raise Reject(
-            f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", site.root
+            f"the kernel makes {made.dtype} {tuple(made.shape)}, the graph {tuple(wanted.shape)}", end
         )
-    if _shows_layout(shadow, site.root) and not _is_laid_out_as(made, wanted):
-        raise Reject("what follows depends on a memory layout which the kernel does not give", site.root)
-    return traced
+    if shows_layout(shadow, end) and not is_laid_out_as(made, wanted):
+        raise Reject("what follows depends on a memory layout which the kernel does not give", end)
 
 
 def _call_as_laid_out(
     shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run
-) -> Callable[..., Tensor]:
-    """The call; where its memory layout shows, laid out as the root."""
-    if not _shows_layout(shadow, site.root):
-        return lambda *values: emit.call(site, spec, run, values)
-    order = _memory_order(site.root.meta["val"])
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The call; what it makes laid out as the graph has it, where that shows."""
+
+    def called(*values: Any) -> tuple[Tensor, ...]:
+        made = emit.call_all(site, spec, run, values)
+        return tuple(_laid_out(shadow, end, value) for end, value in zip(emit.ends(site), made, strict=True))
+
+    return called
+
+
+def _laid_out(shadow: Shadow, end: Node, value: Tensor) -> Tensor:
+    if not shows_layout(shadow, end):
+        return value
+    order = memory_order(end.meta["val"])
     if order == sorted(order):
-        return lambda *values: emit.call(site, spec, run, values).contiguous()
+        return value.contiguous()
     back = [order.index(d) for d in range(len(order))]
-    return lambda *values: emit.call(site, spec, run, values).permute(order).contiguous().permute(back)
-
-
-def _memory_order(value: Tensor) -> list[int]:
-    """The dimensions from the one with the longest stride to the one with the shortest."""
-    strides = [hint(s) for s in value.stride()]
-    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
-
-
-def _is_laid_out_as(made: Tensor, wanted: Tensor) -> bool:
-    """Whether strides agree, for certain, in every dimension that has more than one element."""
-    places = zip(made.shape, made.stride(), wanted.stride(), strict=True)
-    return all(is_one(size_of(size)) or same(size_of(a), size_of(b)) for size, a, b in places)
-
-
-def _shows_layout(shadow: Shadow, node: Node) -> bool:
-    """Whether the value, or a view of it, leaves the graph or meets an operation that may see its layout.
-
-    A `view` may; and what works element by element does, since its result is laid out alike.
-    """
-    users = [user for user in shadow.users(node) if user.target not in _FORGETFUL]
-    return node in shadow.results or any(
-        user.target not in _STRIDED or _shows_layout(shadow, user) for user in users
-    )
+    return value.permute(order).contiguous().permute(back)
 
 
 def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, Node]) -> None:
@@ -97,18 +70,54 @@ def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, N
 
     values: shadow node -> the original node with its value, as the splices so far have left the graph; is updated.
     """
+    if site.body:
+        _splice_loop(shadow, site, traced, values)
+        return
     graph = shadow.original.graph
-    targets = [node for node, value in shadow.outputs.items() if value is site.root]
-    place = targets[0] if targets else _enclosing(shadow, site.root)
+    held = values.get(site.root)
+    place = held or _enclosing(shadow, site.root)
     with graph.inserting_before(place):
         editor = _Editor(graph, values)
         arguments = [editor.copy(node) for node in emit.leaves(site)]
-        value = _inline(graph, traced, arguments, place)
+        (value,) = _inline(graph, traced, arguments, place)
         values[site.root] = value
-        if targets:
-            place.replace_all_uses_with(value)
+        if held is not None:
+            held.replace_all_uses_with(value)
         else:
-            _expand(shadow, editor, place)
+            _expand(shadow, graph, values, place)
+
+
+def _splice_loop(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, Node]) -> None:
+    """A site with several ends, or one whose root is memory that the loop writes to: all are there after the last.
+
+    What used the memory before is the loop itself, and goes with it.
+    """
+    graph, inside = shadow.original.graph, _originals(shadow, site.interior)
+    first = {end: next((n for n, v in shadow.outputs.items() if v is end), None) for end in emit.ends(site)}
+    missing = next((end for end, original in first.items() if original is None), None)
+    if missing is not None:
+        raise Reject("an end of the loop has no place in the graph", missing)
+    order = {node: n for n, node in enumerate(graph.nodes)}
+    targets = {end: node for end, node in first.items() if node is not None}
+    inside -= set(targets.values())
+    last = max([*targets.values(), *(n for n in inside if _has_effect(n))], key=lambda n: order.get(n, -1))
+    for end, target in targets.items():
+        early = [
+            u
+            for u in target.users
+            if u not in inside and u not in targets.values() and order[u] < order[last]
+        ]
+        if early:
+            raise Reject(f"{early[0].name} uses the loop's result before the loop ends", end)
+    with graph.inserting_after(last):
+        place = last.next
+    with graph.inserting_before(place):
+        editor = _Editor(graph, values)
+        made = _inline(graph, traced, [editor.copy(node) for node in emit.leaves(site)], last)
+    gone = inside | set(targets.values())
+    for (end, target), value in zip(targets.items(), made, strict=True):
+        target.replace_all_uses_with(value, lambda user: user not in gone)
+        values[end] = value
 
 
 def finish(shadow: Shadow, sites: Iterable[Site]) -> None:
@@ -152,22 +161,24 @@ class _Editor:
         return made
 
 
-def _expand(shadow: Shadow, editor: _Editor, place: Node) -> None:
+def _expand(shadow: Shadow, graph: Graph, values: dict[Node, Node], place: Node) -> None:
     """One original node held the whole site: its outputs are rebuilt from copies of what it did."""
-    value = shadow.outputs.get(place)
-    if value is None:
-        raise Reject(f"{place.name} returns something other than tensors", None)
-    if isinstance(value, Node):
-        place.replace_all_uses_with(editor.copy(value))
-        return
-    for user in list(place.users):
-        if user.op != "call_function" or not isinstance(shadow.outputs.get(user), Node):
-            raise Reject(f"{place.name} is used as a whole by {user.name}", None)
-        user.replace_all_uses_with(editor.copy(shadow.outputs[user]))
-        editor.graph.erase_node(user)
+    gone = {place} if isinstance(shadow.outputs.get(place), Node) else {*place.users}
+    gone = {node for node in gone if node.users}
+    for node in gone:
+        if node.op != "call_function" or not isinstance(shadow.outputs.get(node), Node):
+            raise Reject(f"{place.name} is used as a whole by {node.name}", None)
+    editor = _Editor(graph, {n: original for n, original in values.items() if original not in gone})
+    for node in gone:
+        made = editor.copy(shadow.outputs[node])
+        node.replace_all_uses_with(made)
+        values[shadow.outputs[node]] = made
+    values.update(editor.known)
+    for node in gone - {place}:
+        graph.erase_node(node)
 
 
-def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Node) -> Node:
+def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Node) -> list[Node]:
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     known: dict[Node, Any] = dict(zip(placeholders, arguments, strict=True))
     for node in traced.graph.nodes:
@@ -177,12 +188,12 @@ def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Nod
             _keep_provenance(known[node], place)
         elif node.op == "get_attr":
             raise Reject("the kernel call needs a constant tensor", None)
-    return known[_result(traced)]
+    return [known[result] for result in _results(traced)]
 
 
-def _result(traced: GraphModule) -> Node:
+def _results(traced: GraphModule) -> list[Node]:
     output = next(n for n in traced.graph.nodes if n.op == "output")
-    return pytree.tree_leaves(output.args[0])[0]
+    return pytree.tree_leaves(output.args[0])
 
 
 def _set_value(node: Node, value: Any) -> None:
@@ -208,11 +219,17 @@ def _erase(start: list[Node], interior: set[Node]) -> None:
         node = pending.pop()
         if node.users or node.op in ("placeholder", "output"):
             continue
-        if _erased(node) or (_has_effect(node) and node not in interior):
+        if _erased(node) or (_has_effect(node) and (node not in interior or _shows(node, interior))):
             continue
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
-        pending.extend(inputs)
+        pending.extend((*inputs, *(user for source in inputs for user in source.users)))
+
+
+def _shows(node: Node, interior: set[Node]) -> bool:
+    """Whether what a write in place changes is looked at by anything but other such writes that nobody uses."""
+    others = {user for target in node.all_input_nodes[:1] for user in target.users} - {node}
+    return not all(user in interior and not user.users and _has_effect(user) for user in others)
 
 
 def _erased(node: Node) -> bool:

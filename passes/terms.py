@@ -10,44 +10,92 @@ from attnopt.passes.layout import Axes, Dims
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """A tensor added to the logits (times `factor`), or multiplied onto the scores (`inverse`: it divides them)."""
-
-    node: Node
-    dims: Dims
-    factor: float = 1.0
-    inverse: bool = False
-    casts: "tuple[Cast, ...]" = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Cast:
     """The scores are cast to `dtype`, and multiplied by `scale` afterwards."""
 
     dtype: torch.dtype
     scale: float
 
+    def hold(self, value: float) -> float:
+        """A logit, given as it would be without the cast: -inf if `dtype` does not reach so low."""
+        held = torch.tensor(value / self.scale, dtype=torch.float64).to(self.dtype)
+        return -torch.inf if held == -torch.inf else value
 
-def held_as(value: float, casts: "tuple[Cast, ...]") -> float:
-    """A hidden logit, given as it would be without rounding, behind the casts: -inf if it does not fit one of them."""
-    held = (
-        torch.tensor(value / cast.scale, dtype=torch.float64).to(cast.dtype)
-        for cast in casts
-        if cast.scale > 0
-    )
-    return -torch.inf if any(x == -torch.inf for x in held) else value
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Scores below `value` are raised to it, and multiplied by `scale` afterwards.
+
+    halves: where a score is equal to it, only half of the gradient passes.
+    """
+
+    value: float
+    scale: float
+    halves: bool = False
+
+    def hold(self, value: float) -> float:
+        """A logit, given as it would be without the floor."""
+        return max(value, self.value * self.scale)
+
+
+#: A finite fill at or below this leaves a weight of exactly 0 beside any visible key.
+NEGLIGIBLE = -1e9
+
+#: What happens to a logit between where it is filled in, or added, and the softmax; the last to happen comes first.
+Holds = tuple[Cast | Floor, ...]
+
+
+def held_as(value: float, holds: Holds) -> float:
+    """A hidden logit, given as it would be without rounding, behind the casts and floors."""
+    for hold in reversed(holds):
+        if hold.scale > 0:
+            value = hold.hold(value)
+    return value
+
+
+def floors(holds: Holds) -> list[float]:
+    """The least logits that the floors leave, with the one that acts last in front."""
+    return [hold.value * hold.scale for hold in holds if isinstance(hold, Floor)]
+
+
+def narrowest(holds: Holds, held: torch.dtype) -> torch.dtype:
+    """The type with the shortest range among `held` and those that the scores are cast to."""
+    dtypes = [held, *(hold.dtype for hold in holds if isinstance(hold, Cast))]
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A tensor added to the logits (times `factor`), or multiplied onto the scores (`inverse`: it divides them).
+
+    times: tensors that multiply what is added. casts: what happens to the sum afterwards. tops: axes along which an
+    added tensor is the largest of the very logits it is added to. at: the node that reads it.
+    """
+
+    node: Node
+    dims: Dims
+    factor: float = 1.0
+    inverse: bool = False
+    casts: Holds = ()
+    times: "tuple[Term, ...]" = ()
+    tops: Axes = ()
+    at: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """A condition under which a score, held in `dtype`, becomes `value`; `hides`: whether that is where it is True."""
+    """A condition under which a score, held in `dtype`, becomes `value`.
+
+    hides: whether that is where it is True. casts: what happens to the score afterwards. at: the node that reads it.
+    """
 
     node: Node
     dims: Dims
     value: float
     hides: bool
     dtype: torch.dtype = torch.float32
-    casts: tuple[Cast, ...] = ()
+    casts: Holds = ()
+    at: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +103,7 @@ class Scores:
     """logits = scale * (q k^T) * factors + terms, after fills.
 
     rsqrt: axes by the square root of whose length the scores are divided. form: the contraction. path: nodes between.
+    shift: the sum of the numbers that are added to all logits, of which a softmax without sinks takes no notice.
     """
 
     scale: float = 1.0
@@ -62,9 +111,10 @@ class Scores:
     terms: tuple[Term, ...] = ()
     fills: tuple[Fill, ...] = ()
     factors: tuple[Term, ...] = ()
-    casts: tuple[Cast, ...] = ()
+    casts: Holds = ()
     path: tuple[Node, ...] = ()
     rsqrt: Axes = ()
+    shift: float = 0.0
     form: Contraction | None = None
     q: Dims = ()
     k: Dims = ()

@@ -1,13 +1,49 @@
-"""Reads what lies between the softmax and the product with the values: casts, views, dropout that does nothing."""
+"""Reads what lies between the softmax and the product with the values, and tells what it does to the weights.
 
-from dataclasses import dataclass
+Casts and views do nothing; dropout, numbers, and tensors that do not vary along the keys change the output alike; a
+mask is kept for comparing it with that of the scores.
+"""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.constants import constant
 from attnopt.passes.contraction import Contraction, contraction, label_down, other_operand
-from attnopt.passes.layout import CASTS, DROPOUTS, Axes, Dims, Space, dropout_rate, input_node, step_down
+from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, dropout_rate, input_node, step_down
+from attnopt.passes.sizes import same, shape_of
+from attnopt.passes.softmax_form import number, truth_of
+from attnopt.passes.softmax_nodes import between, depends_on
+from attnopt.passes.terms import Fill, Term
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
+
+aten = torch.ops.aten
+
+#: A longer chain is no attention that somebody wrote down.
+LONGEST = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of the weights before they meet the values.
+
+    factor, times: what they are multiplied by, none of which varies along the keys. kept: conditions by rows, outside
+    of which they are 0. hidden: masks outside of which they are 0, even where they were NaN. multiplied: masks of 0
+    and 1 that they are multiplied by. zeroed: NaN becomes 0. dropout: the probability of each weight to become 0.
+    """
+
+    factor: float = 1.0
+    times: tuple[Term, ...] = ()
+    kept: tuple[Fill, ...] = ()
+    hidden: tuple[Fill, ...] = ()
+    multiplied: tuple[Fill, ...] = ()
+    zeroed: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,62 +55,217 @@ class Weights:
     value_dims: Dims
     out_dims: Dims
     path: tuple[Node, ...]
+    change: Change = field(default_factory=Change)
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """How far reading has come: the weights as `node` holds them."""
+
+    node: Node
+    dims: Dims
+    path: tuple[Node, ...]
+    change: Change = field(default_factory=Change)
 
 
 def read_weights(space: Space, shadow: Shadow, start: Node, dims: Dims, key: Axes) -> Weights:
-    """From the softmax down to the contraction over the keys."""
-    node, path = start, [start]
-    while True:
-        user = _only_user(shadow, node, len(path))
+    """From the softmax down to the contraction over the keys; the first, where the weights go several ways.
+
+    Raises Reject with what stopped the way that came furthest.
+    """
+    return WeightsReader(space, shadow, key).read(Here(start, dims, (start,)))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReader:
+    """Walks downwards from the weights of one softmax."""
+
+    space: Space
+    shadow: Shadow
+    key: Axes
+
+    def read(self, here: Here) -> Weights:
+        """The product with the values below."""
+        rejects: list[Reject] = []
+        for user in self.shadow.users(here.node):
+            try:
+                return self._through(user, here)
+            except Reject as reject:
+                rejects.append(Reject(reject.reason, reject.node, max(reject.depth, len(here.path))))
+        if not rejects:
+            end = "returned by the graph" if here.node in self.shadow.results else "never used"
+            rejects = [Reject(f"the softmax is {end}, and weighs no values", here.node, len(here.path))]
+        raise max(rejects, key=lambda reject: reject.depth)
+
+    def _through(self, user: Node, here: Here) -> Weights:
         form = contraction(user)
         if form is not None:
-            return _contract(space, form, node, dims, key, tuple(path))
-        dims = _step(space, user, node, dims)
-        node = user
-        path.append(node)
+            return self._contract(form, here)
+        if len(here.path) > LONGEST:
+            raise Reject(f"more than {LONGEST} operations between the softmax and the values", user)
+        step = _STEPS.get(user.target)
+        if step is None:
+            return self.read(replace(here, node=user, dims=self._moved(user, here), path=(*here.path, user)))
+        change = step(self, user, here)
+        _need_same_shape(user, here.node)
+        passed = sorted(between(self.shadow, here.node, user), key=lambda n: self.shadow.order[n])
+        return self.read(replace(here, node=user, path=(*here.path, *passed), change=change))
+
+    def _moved(self, user: Node, here: Here) -> Dims:
+        """Through a cast or a view."""
+        if user.op == "call_function" and user.args and user.args[0] is here.node:
+            if user.target in CASTS and user.meta["val"].dtype.is_floating_point:
+                return here.dims
+            moved = step_down(self.space, user, here.dims)
+            if moved is not None and input_node(user) is here.node:
+                return moved
+        raise Reject(f"{user.target} between the softmax and the values is not understood", user)
+
+    def _contract(self, form: Contraction, here: Here) -> Weights:
+        if form.lhs is form.rhs:
+            raise Reject("the softmax is multiplied by itself", form.node)
+        if here.node not in (form.lhs, form.rhs) or form.added is not None:
+            raise Reject("the product with the values also adds something", form.node)
+        letters = form.lhs_letters if form.lhs is here.node else form.rhs_letters
+        summed = {
+            a
+            for letter, axes in zip(letters, here.dims, strict=True)
+            if letter in form.contracted
+            for a in self.space.leaves(axes)
+        }
+        if summed != set(self.space.leaves(self.key)):
+            raise Reject(
+                "the product after the softmax does not sum over what the softmax normalised", form.node
+            )
+        value = other_operand(form, here.node)
+        if depends_on(self.shadow, value, {here.path[0]}):
+            raise Reject("the weights are multiplied by something that is made of them", form.node)
+        value_dims, out_dims = label_down(self.space, form, here.node, here.dims)
+        change = replace(here.change, factor=here.change.factor * form.factor)
+        return Weights(form, value, value_dims, out_dims, here.path, change)
+
+    def times(self, user: Node, other: Any, here: Here, *, inverse: bool = False) -> Change:
+        """The weights times (over) a number or a tensor."""
+        by = constant(other)
+        if by is not None:
+            if inverse and by == 0:
+                raise Reject("the weights are divided by zero", user)
+            return replace(here.change, factor=here.change.factor * (1 / by if inverse else by))
+        dims = self.beside(user, other, here)
+        if dims is not None:
+            return replace(here.change, times=(*here.change.times, Term(other, dims, inverse=inverse)))
+        if inverse:
+            raise Reject("the weights are divided by a tensor that varies along the keys", user)
+        truth = truth_of(self.space, other, broadcast_up(here.dims, shape_of(other)))
+        if truth is None:
+            raise Reject(
+                "the weights are multiplied by a tensor along the keys that is not made of a mask", user
+            )
+        fill = Fill(*truth, -torch.inf, hides=False)
+        return replace(here.change, multiplied=(*here.change.multiplied, fill))
+
+    def masked(self, user: Node, condition: Any, here: Here, *, hides: bool) -> Change:
+        """The weights set to 0 where the condition hides them."""
+        nan = _where_nan(condition, here.node)
+        if nan is not None:
+            if nan is not hides:
+                raise Reject("the weights are set to 0 where they are numbers", user)
+            return replace(here.change, zeroed=True)
+        dims = self.beside(user, condition, here)
+        if dims is not None:
+            kept = Fill(condition, dims, -torch.inf, hides)
+            return replace(here.change, kept=(*here.change.kept, kept))
+        dims = broadcast_up(here.dims, shape_of(condition))
+        hidden = Fill(condition, dims, -torch.inf, hides)
+        return replace(here.change, hidden=(*here.change.hidden, hidden))
+
+    def beside(self, user: Node, other: Any, here: Here) -> Dims | None:
+        """The labels of a tensor that is broadcast onto the weights; None if it varies along the keys."""
+        if not isinstance(other, Node) or not isinstance(other.meta.get("val"), Tensor):
+            raise Reject("the weights are multiplied by a number that depends on sizes", user)
+        if depends_on(self.shadow, other, {here.path[0]}):
+            raise Reject("the weights are multiplied by something that is made of them", user)
+        dims = broadcast_up(here.dims, shape_of(other))
+        held = {a for axes in dims for a in self.space.leaves(axes)}
+        return None if held & set(self.space.leaves(self.key)) else dims
 
 
-def _only_user(shadow: Shadow, node: Node, depth: int) -> Node:
-    users = shadow.users(node)
-    if node in shadow.results:
-        raise Reject("the attention weights are returned by the graph", node, depth)
-    if len(users) != 1:
-        count = "never used" if not users else f"used {len(users)} times"
-        raise Reject(f"the softmax is {count}, not once to weigh values", node, depth)
-    return users[0]
+def _need_same_shape(user: Node, node: Node) -> None:
+    after, before = shape_of(user), shape_of(node)
+    if len(after) != len(before) or not all(same(a, b) for a, b in zip(after, before, strict=True)):
+        raise Reject("the weights are broadcast along another tensor", user)
 
 
-def _contract(
-    space: Space, form: Contraction, node: Node, dims: Dims, key: Axes, path: tuple[Node, ...]
-) -> Weights:
-    if form.lhs is form.rhs:
-        raise Reject("the softmax is multiplied by itself", form.node, len(path))
-    letters = form.lhs_letters if form.lhs is node else form.rhs_letters
-    summed = {
-        a
-        for letter, axes in zip(letters, dims, strict=True)
-        if letter in form.contracted
-        for a in space.leaves(axes)
-    }
-    if summed != set(space.leaves(key)):
-        raise Reject(
-            "the product after the softmax does not sum over what the softmax normalised",
-            form.node,
-            len(path),
-        )
-    if form.added is not None or form.factor != 1.0:
-        raise Reject("the product with the values also adds or scales", form.node, len(path))
-    value_dims, out_dims = label_down(space, form, node, dims)
-    return Weights(form, other_operand(form, node), value_dims, out_dims, path)
+def _where_nan(condition: Any, node: Node) -> bool | None:
+    """Whether a condition is True where the weights are NaN; None if it is something else. Whole rows are NaN."""
+    if not isinstance(condition, Node):
+        return None
+    if condition.target in (aten.logical_not.default, aten.bitwise_not.default):
+        inner = _where_nan(condition.args[0], node)
+        return None if inner is None else not inner
+    if condition.target == aten.isnan.default:
+        return True if condition.args[0] is node else None
+    if condition.target in (aten.ne.Tensor, aten.eq.Tensor) and condition.args == (node, node):
+        return condition.target == aten.ne.Tensor
+    return None
 
 
-def _step(space: Space, user: Node, node: Node, dims: Dims) -> Dims:
-    if user.op == "call_function" and user.args and user.args[0] is node:
-        if user.target in DROPOUTS and dropout_rate(user) > 0:
-            raise Reject(f"dropout {dropout_rate(user):g} on the attention weights", user)
-        if user.target in CASTS and user.meta["val"].dtype.is_floating_point:
-            return dims
-        moved = step_down(space, user, dims)
-        if moved is not None and input_node(user) is node:
-            return moved
-    raise Reject(f"{user.target} between the softmax and the values is not understood", user)
+def _dropped(reader: WeightsReader, user: Node, here: Here) -> Change:
+    del reader
+    rate = dropout_rate(user)
+    if rate > 0 and here.change.dropout > 0:
+        raise Reject("dropout twice on the attention weights", user)
+    if rate >= 1:
+        raise Reject(f"dropout {rate:g} on the attention weights leaves nothing", user)
+    return replace(here.change, dropout=rate or here.change.dropout)
+
+
+def _mul(reader: WeightsReader, user: Node, here: Here) -> Change:
+    left, right = user.args[:2]
+    if left is right:
+        raise Reject("the weights are multiplied by themselves", user)
+    return reader.times(user, right if left is here.node else left, here)
+
+
+def _div(reader: WeightsReader, user: Node, here: Here) -> Change:
+    if user.args[0] is not here.node:
+        raise Reject("something is divided by the weights", user)
+    return reader.times(user, user.args[1], here, inverse=True)
+
+
+def _masked_fill(reader: WeightsReader, user: Node, here: Here) -> Change:
+    weights, condition, value = user.args[:3]
+    if weights is not here.node or constant(value) != 0:
+        raise Reject("the weights are filled with something other than 0", user)
+    return reader.masked(user, condition, here, hides=True)
+
+
+def _where(reader: WeightsReader, user: Node, here: Here) -> Change:
+    condition, then, other = user.args[:3]
+    if then is here.node and _is_zero(other):
+        return reader.masked(user, condition, here, hides=False)
+    if other is here.node and _is_zero(then):
+        return reader.masked(user, condition, here, hides=True)
+    raise Reject("where() chooses between the weights and something other than 0", user)
+
+
+def _is_zero(value: Any) -> bool:
+    return number(value) == 0
+
+
+def _nan_to_num(reader: WeightsReader, user: Node, here: Here) -> Change:
+    del reader
+    nan = user.args[1] if len(user.args) > 1 else user.kwargs.get("nan")
+    if nan not in (None, 0, 0.0):
+        raise Reject(f"NaN among the weights becomes {nan}", user)
+    return replace(here.change, zeroed=True)
+
+
+_STEPS: dict[Any, Callable[[WeightsReader, Node, Here], Change]] = {
+    aten.dropout.default: _dropped,
+    aten.nan_to_num.default: _nan_to_num,
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _mul),
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor), _div),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), _where),
+}

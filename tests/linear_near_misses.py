@@ -68,7 +68,7 @@ def decay_from_outside(q, k, v, matrix):
     return (scores(q, k) * matrix) @ v
 
 
-@near_miss("squared scores")
+@near_miss("a polynomial of degree 2")
 def squared_scores(q, k, v, _):
     weights = scores(q, k)
     return (weights * weights).tril() @ v
@@ -108,10 +108,12 @@ def divided_by_the_sum_without_decay(q, k, v, slope):
     return ((found * decay_of(slope, q)) / found.sum(-1, keepdim=True)) @ v
 
 
-@near_miss("is no sum of weights")
-def divided_by_a_detached_sum(q, k, v, slope):
-    weights = scores(q, k) * decay_of(slope, q)
-    return (weights / weights.detach().sum(-1, keepdim=True).abs().clamp(min=1)) @ v
+@near_miss("is detached")
+def divided_by_a_sum_that_is_detached_in_part(q, k, v, slope):
+    found, decay = scores(q, k), decay_of(slope, q)
+    weights = found * decay
+    total = (found.detach() * decay).sum(-1, keepdim=True)
+    return (weights / total.abs().clamp(min=1)) @ v
 
 
 @near_miss("is no sum of weights")
@@ -124,12 +126,6 @@ def divided_by_the_sum_of_lengths(q, k, v, slope):
 def divided_by_a_sum_bounded_on_both_sides(q, k, v, slope):
     weights = scores(q, k) * decay_of(slope, q)
     return (weights / weights.sum(-1, keepdim=True).abs().clamp(min=1, max=50)) @ v
-
-
-@near_miss("is no sum of weights")
-def divided_by_a_sum_bounded_with_its_sign(q, k, v, slope):
-    weights = scores(q, k) * decay_of(slope, q)
-    return (weights / weights.sum(-1, keepdim=True).clamp(min=1)) @ v
 
 
 @near_miss("written to in place")

@@ -371,8 +371,8 @@ def channels_before_positions(q, k, v, _):
     return (v @ k.mT) @ q
 
 
-@spelling("scale=1 full")
-def divided_by_something_else_that_stays(q, k, v, _):
+@spelling("scale=1 full normalised(eps=0, floor=1.0, signed)")
+def divided_by_a_sum_that_is_bounded_in_place(q, k, v, _):
     q, k = q.relu(), k.relu()
     total = q @ k.sum(-2).unsqueeze(-1)
     total.clamp_(min=1)

@@ -454,26 +454,192 @@ def two_paddings(s):
     return (s.given != 0)[:, None, None, :] & (s.ids != 3)[:, None, None, :]
 
 
-@visible("opaque", fits=not_fewer_keys)
+@visible("segments", fits=not_fewer_keys)
 def segments(s):
     return s.ids[:, None, : s.sq, None] == s.ids[:, None, None, :]
 
 
-@visible("causal & opaque", fits=not_fewer_keys)
+@visible("causal & segments", fits=not_fewer_keys)
 def causal_within_segments(s):
     same = s.ids[:, None, : s.sq, None] == s.ids[:, None, None, :]
     return same & (s.j <= s.i)
 
 
-@visible("opaque")
+@visible("causal | opaque")
 def causal_or_given(s):
     return (s.j <= s.i) | s.pairs
 
 
-@visible("causal & opaque & padding")
+@visible("causal & chunk(4) & padding")
 def causal_chunks_and_padding(s):
     chunk = (s.j // 4) == (s.i // 4)
     return chunk & (s.j <= s.i) & (s.given > 0)[:, None, None, :]
+
+
+@visible("chunk(4)")
+def blocks_on_the_diagonal(s):
+    return torch.div(s.j, 4, rounding_mode="floor") == torch.div(s.i, 4, rounding_mode="floor")
+
+
+@visible("causal & chunk(4)")
+def keys_since_the_chunk_began(s):
+    return (s.j <= s.i) & (s.j >= s.i // 4 * 4)
+
+
+@visible("causal & chunk(4)")
+def chunk_that_a_remainder_reaches_back(s):
+    return (s.j <= s.i) & (s.i - s.j <= s.i % 4)
+
+
+@visible("chunk(4)")
+def chunk_by_both_of_its_ends(s):
+    begin = (s.i // 4) * 4
+    return (s.j >= begin) & (s.j < begin + 4)
+
+
+@visible("until chunk(4)")
+def causal_between_blocks(s):
+    return s.j // 4 <= s.i // 4
+
+
+@visible("until chunk(4)")
+def keys_until_the_block_ends(s):
+    return s.j < (s.i // 4 + 1) * 4
+
+
+@visible("until chunk(4, j 4)")
+def earlier_blocks_only(s):
+    return s.j // 4 < s.i // 4
+
+
+@visible("since chunk(3)")
+def later_blocks_too(s):
+    return s.i // 3 <= s.j // 3
+
+
+@visible("causal(Sk-Sq) & chunk(4, i Sk-Sq)")
+def chunks_after_a_cache(s):
+    i = torch.arange(s.sq)[:, None] + s.past
+    return (s.j // 4 == i // 4) & (s.j <= i)
+
+
+@visible("causal & chunk(4) & window(3)")
+def window_within_chunks(s):
+    return (s.j <= s.i) & (s.i - s.j < 3) & (s.j // 4 == s.i // 4)
+
+
+@additive("causal & chunk(4)")
+def chunks_added(s):
+    return torch.where((s.j // 4 == s.i // 4) & (s.j <= s.i), torch.zeros(()), MIN)[None, None]
+
+
+@visible("chunk(4) & padding")
+def chunks_and_padding(s):
+    return (s.j // 4 == s.i // 4) & (s.given > 0)[:, None, None, :]
+
+
+@visible("opaque")
+def chunks_of_different_sizes(s):
+    return s.j // 4 == s.i // 3
+
+
+@visible("opaque")
+def every_other_block(s):
+    return s.j // 4 == s.i // 4 * 2
+
+
+@visible("causal & segments", fits=as_many_keys)
+def chunks_counted_from_left_padding(s):
+    padding = (s.given > 0).sum(-1)[:, None, None]
+    return (((s.j - padding) // 4 == (s.i - padding) // 4) & (s.j <= s.i))[:, None]
+
+
+@hidden("segments", fits=as_many_keys)
+def other_segments(s):
+    return s.ids[:, None, :, None] != s.ids[:, None, None, :]
+
+
+@visible("opaque", fits=as_many_keys)
+def only_other_segments(s):
+    return s.ids[:, None, :, None] != s.ids[:, None, None, :]
+
+
+@visible("causal & segments", fits=as_many_keys)
+def segments_by_running_count_over_indices(s):
+    number = (s.ids == 0).cumsum(-1)
+    b = torch.arange(s.q.shape[0])[:, None, None, None]
+    return (number[b, s.i[None, None]] == number[b, s.j[None, None]]) & (s.j <= s.i)
+
+
+@visible("opaque & segments", fits=as_many_keys)
+def segments_of_two_kinds_of_numbers(s):
+    same = s.ids[:, :, None] == s.ids[:, None, :]
+    return (same & (s.ids[:, :, None] <= s.given[:, None, :]))[:, None]
+
+
+@visible("segments & segments", fits=as_many_keys)
+def segments_within_segments(s):
+    outer = s.ids[:, :, None] // 2 == s.ids[:, None, :] // 2
+    return (outer & (s.given[:, :, None] == s.given[:, None, :]))[:, None]
+
+
+@visible("opaque", fits=as_many_keys)
+def rounded_segments(s):
+    ids = s.ids.to(torch.bfloat16)
+    return ids[:, None, :, None] == ids[:, None, None, :]
+
+
+def packed(s, step=1):
+    before = s.ids[:, :1] - 1
+    return (torch.diff(s.ids, prepend=before, dim=-1) != step).cumsum(-1)
+
+
+def in_one_run(s, step=1):
+    number = packed(s, step)
+    return number[:, None, :, None] == number[:, None, None, :]
+
+
+@visible("causal & segments", fits=as_many_keys)
+def order_of_positions_in_runs(s):
+    return in_one_run(s) & (s.ids[:, None, None, :] <= s.ids[:, None, :, None])
+
+
+@visible("causal & segments & window(3)", fits=as_many_keys)
+def window_of_positions_in_runs(s):
+    key, query = s.ids[:, None, None, :], s.ids[:, None, :, None]
+    return in_one_run(s) & (key <= query) & (key > query - 3)
+
+
+@visible("causal(-1) & segments", fits=as_many_keys)
+def earlier_positions_in_runs(s):
+    return (s.ids[:, None, :, None] > s.ids[:, None, None, :]) & in_one_run(s)
+
+
+@visible("opaque & segments", fits=as_many_keys)
+def order_of_positions_in_other_runs(s):
+    return in_one_run(s, step=2) & (s.ids[:, None, None, :] <= s.ids[:, None, :, None])
+
+
+@visible("opaque & segments", fits=as_many_keys)
+def order_of_other_numbers_in_runs(s):
+    return in_one_run(s) & (s.given[:, None, None, :] <= s.given[:, None, :, None])
+
+
+@visible("causal | padding")
+def prefix_that_data_tell(s):
+    return (s.j <= s.i) | (s.given == 1)[:, None, None, :]
+
+
+@visible("causal | (opaque & segments)", fits=as_many_keys)
+def causal_but_for_images(s):
+    b = torch.arange(s.q.shape[0])[:, None, None, None]
+    image_of_query, image_of_key = s.ids[b, s.i[None, None]], s.ids[b, s.j[None, None]]
+    return (s.j <= s.i) | ((image_of_query == image_of_key) & (image_of_query >= 1))
+
+
+@visible("(causal | padding) & padding")
+def padded_prefix_that_data_tell(s):
+    return ((s.j <= s.i) | (s.ids == 1)[:, None, None, :]) & (s.given > 0)[:, None, None, :]
 
 
 @hidden("opaque", fits=as_many_keys)

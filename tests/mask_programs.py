@@ -79,6 +79,44 @@ def _written(rng, s, depth):
     return mask & condition(rng, s, depth)
 
 
+def _chunks(rng, s, depth):
+    size = rng.randint(2, 4)
+    compare = rng.choice([torch.eq, torch.le, torch.lt, torch.ge, torch.ne])
+    return compare((s.j + rng.randint(-2, 2)) // size, (s.i + rng.randint(0, 2)) // size)
+
+
+def _segments(rng, s, depth):
+    of_query = torch.nn.functional.pad(s.ids, (0, s.sq))[:, : s.sq]
+    return rng.choice([torch.eq, torch.ne])(of_query[:, None, :, None], s.ids[:, None, None, :])
+
+
+def _packed(rng, s, depth):
+    number = (torch.diff(s.ids, prepend=s.ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    query = torch.arange(s.sq).clamp(max=s.sk - 1)
+    same = number[:, None, query, None] == number[:, None, None, :]
+    ordered = s.ids[:, None, None, :] - rng.randint(-2, 2) <= s.ids[:, None, query, None]
+    return same & ordered
+
+
+def _flipped(rng, s, depth):
+    held = condition(rng, s, depth).expand(2, 1, s.sq, s.sk)
+    return rng.choice([lambda m: m.flip(-1), lambda m: m.flip(2), lambda m: m.roll(1, -1)])(held)
+
+
+def _cast(rng, s, depth):
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
+    return condition(rng, s, depth).to(rng.choice(dtypes)).to(rng.choice(dtypes)).bool()
+
+
+def _counted(rng, s, depth):
+    ones = torch.ones(s.sk, dtype=rng.choice([torch.int64, torch.float32]))
+    return (ones.cumsum(0) - rng.randint(0, 2))[None, :]
+
+
+def _looked_up(rng, s, depth):
+    return torch.arange(s.sk)[torch.arange(s.sk).flip(0)][None, :]
+
+
 def _position(rng, s, depth):
     return rng.choice([s.i, s.j, s.i - s.j, s.j - s.i])
 
@@ -109,10 +147,21 @@ def _joined(rng, s, depth):
 
 
 Maker = Callable[[Random, Site, int], Tensor]
-SIMPLE_CONDITIONS: list[Maker] = [_line, _line, _column, _triangle, _padding, _pairs]
+SIMPLE_CONDITIONS: list[Maker] = [_line, _line, _column, _triangle, _padding, _pairs, _chunks, _segments]
 CONDITIONS: list[Maker] = [
     *SIMPLE_CONDITIONS,
     *(_numbers_compared, _numbers_compared, _logic, _logic, _logic, _complement, _choice, _through_floats),
-    *(_one_minus, _written),
+    *(_one_minus, _written, _chunks, _segments, _packed, _flipped, _cast),
 ]
-NUMBERS: list[Maker] = [_position, _position, _shifted, _absolute, _bounded, _divided, _chosen, _joined]
+NUMBERS: list[Maker] = [
+    _position,
+    _position,
+    _shifted,
+    _absolute,
+    _bounded,
+    _divided,
+    _chosen,
+    _joined,
+    _counted,
+    _looked_up,
+]

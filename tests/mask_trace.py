@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnopt.mask import Mask
 from attnopt.passes.mask_bounds import POSITIONS, Role
-from attnopt.passes.mask_formula import All, AtMostZero, Call, Data, Fact, Formula, Some
+from attnopt.passes.mask_formula import All, AtMostZero, Call, Data, Fact, Formula, Lag, Same, Some
 from attnopt.passes.mask_reader import Value, index_of
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.masks import Leaf, MaskReading
@@ -58,13 +59,19 @@ def run(module: GraphModule, *inputs: Tensor) -> Mapping[Node, Any]:
     return recorder.made | {node: recorder.env[node] for node in results(module)}
 
 
-def dense(reading: MaskReading, values: Mapping[Node, Any], sq: int, sk: int) -> Tensor:
-    """What a reading says is visible, its leaves taken from the values of a run."""
+def dense(
+    reading: MaskReading, values: Mapping[Node, Any], sq: int, sk: int, mask: Mask | None = None
+) -> Tensor:
+    """What a reading, or another of its masks, says is visible; its leaves are taken from the values of a run."""
     operands = {
-        name: _canonical(leaf, values[leaf.node], "bj" if name.startswith("padding") else "bhij")
+        name: _canonical(leaf, values[leaf.node], LAYOUTS.get(name.rstrip("0123456789"), "bhij"))
         for name, leaf in reading.leaves.items()
     }
-    return reading.mask.dense(sq, sk, operands)
+    return (reading.mask if mask is None else mask).dense(sq, sk, operands)
+
+
+#: The dimensions of operands that are no masks over queries and keys.
+LAYOUTS = {"padding": "bj", "query_ids": "bi", "key_ids": "bj"}
 
 
 def _canonical(leaf: Leaf, value: Tensor, order: str) -> Tensor:
@@ -138,6 +145,10 @@ def holds(formula: Formula, known: Mapping[Any, int], values: Mapping[Node, Any]
             return bool(expr.subs(known) <= 0)
         case Fact(data, positive):
             return bool(number(data, known, values)) == positive
+        case Same(query, key, equal):
+            return (number(query, known, values) == number(key, known, values)) == equal
+        case Lag(first, second, by):
+            return bool(number(first, known, values) - number(second, known, values) + by <= 0)
         case All(parts):
             return all(holds(part, known, values) for part in parts)
         case Some(parts):
@@ -149,7 +160,8 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(torch, name) for name in ("exp", "log", "sqrt", "pow", "maximum", "minimum")},
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "neg", "abs")},
     "div": operator.truediv,
-    "floor_divide": operator.floordiv,
+    "floor_divide": lambda a, b: torch.div(a, b, rounding_mode="floor"),
+    "remainder": torch.remainder,
 }
 
 
@@ -174,6 +186,8 @@ def data_of(value: Any) -> set[Node]:
             return {data.node}
         case All(parts) | Some(parts):
             return set().union(*map(data_of, parts))
+        case Same(query, key, _) | Lag(query, key, _):
+            return data_of(query) | data_of(key)
         case Call(_, parts):
             return set().union(*map(data_of, parts))
         case Mapping():

@@ -1,46 +1,105 @@
 """Small changes to graphs of attention, any of which may change what it computes: what a reader must not overlook."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 #: Picks one of n: 0 <= choose(n) < n.
 Choose = Callable[[int], int]
+Operator = Callable[[Graph, Choose], None]
 
 
 class NoPlace(Exception):  # noqa: N818 - a mutation that this graph has no place for
     """The graph has no place for this mutation."""
 
 
-def mutate(module: GraphModule, operator: str, choose: Choose) -> None:
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(change: Operator) -> Operator:
+    """Adds the function to OPERATORS."""
+    OPERATORS[change.__name__] = change
+    return change
+
+
+def mutate(module: GraphModule, name: str, choose: Choose) -> None:
     """Applies the named operator at a place that `choose` picks. Raises NoPlace; the graph may not run afterwards."""
-    OPERATORS[operator](module.graph, choose)
+    OPERATORS[name](module.graph, choose)
     module.graph.lint()
     module.recompile()
 
 
-def _pick(options: Sequence[Any], choose: Choose) -> Any:
+# --- places ---
+
+
+def pick(options: Sequence[T], choose: Choose) -> T:
+    """One of the options. Raises NoPlace if there is none."""
     if not options:
         raise NoPlace
     return options[choose(len(options))]
 
 
-def _calls(graph: Graph) -> list[Node]:
-    return [n for n in graph.nodes if n.op == "call_function"]
+def calls(graph: Graph) -> list[Node]:
+    """The operations that the result needs."""
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or any(user in needed for user in node.users) or _writes(node):
+            needed.add(node)
+    return [n for n in graph.nodes if n.op == "call_function" and n in needed]
 
 
-def _tensors(graph: Graph, wanted: Callable[[Tensor], bool] = lambda _: True) -> list[Node]:
-    """Nodes that make a tensor of the wanted kind."""
-    values = ((n, n.meta.get("val")) for n in graph.nodes if n.op not in ("output", "get_attr"))
-    return [n for n, value in values if isinstance(value, Tensor) and wanted(value)]
+def _writes(node: Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
-def _insert(graph: Graph, after: Node, target: Any, *rest: Any) -> Node:
+def value(node: object) -> Tensor | None:
+    """The tensor that a node makes, as it was traced."""
+    made = node.meta.get("val") if isinstance(node, Node) else None
+    return made if isinstance(made, Tensor) else None
+
+
+def tensors(graph: Graph, wanted: Callable[[Tensor], bool] = lambda _: True) -> list[Node]:
+    """Inputs and results of operations of the wanted kind that something uses."""
+    nodes = [*(n for n in graph.nodes if n.op == "placeholder" and n.users), *calls(graph)]
+    return [n for n in nodes if (made := value(n)) is not None and wanted(made)]
+
+
+def floats(graph: Graph) -> list[Node]:
+    return tensors(graph, lambda t: t.is_floating_point())
+
+
+def conditions(graph: Graph) -> list[Node]:
+    return tensors(graph, lambda t: t.dtype == torch.bool)
+
+
+def shape(node: Node) -> list[int]:
+    """The sizes of a tensor as numbers; symbolic ones by their hints."""
+    made = value(node)
+    assert made is not None
+    return [s if isinstance(s, int) else int(s.node.hint) for s in made.shape]
+
+
+def arguments(graph: Graph) -> Iterator[tuple[Node, int, str, Any]]:
+    """(node, place, name, value) of all positional arguments."""
+    for node in calls(graph):
+        schema = getattr(node.target, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema is not None else []
+        for place, argument in enumerate(node.args):
+            yield node, place, names[place] if place < len(names) else "", argument
+
+
+def put(node: Node, place: int, argument: Any) -> None:
+    """Replaces one positional argument."""
+    node.args = (*node.args[:place], argument, *node.args[place + 1 :])
+
+
+def insert(graph: Graph, after: Node, target: Any, *rest: Any) -> Node:
     """`target(after, *rest)`, used by all that used `after`."""
     with graph.inserting_after(after):
         made = graph.call_function(target, (after, *rest))
@@ -49,165 +108,187 @@ def _insert(graph: Graph, after: Node, target: Any, *rest: Any) -> Node:
     return made
 
 
+def is_dimension(name: str) -> bool:
+    """Whether the argument of this name counts dimensions."""
+    return name.startswith(("dim", "axis", "source", "destination")) or name.endswith("_dim")
+
+
+# --- numbers, operations, operands ---
+
+
+@operator
 def literal(graph: Graph, choose: Choose) -> None:
-    """Another number: an offset, a dimension, a scale, a fill, a width."""
-    places = [(n, i) for n in _calls(graph) for i, a in enumerate(n.args) if type(a) in {int, float}]
-    node, place = _pick(places, choose)
-    value = node.args[place]
-    other = _pick([value + 1, value - 1, -value, 2 * value, 0 * value], choose)
-    node.args = (*node.args[:place], other, *node.args[place + 1 :])
+    """Another number: a scale, a fill, a cap, a rate."""
+    places = [(n, i, a) for n, i, name, a in arguments(graph) if type(a) is float and not is_dimension(name)]
+    node, place, number = pick(places, choose)
+    put(node, place, pick([1.5 * number, -number, 0.5 * number, number + 1, 0.0], choose))
 
 
-def listed_literal(graph: Graph, choose: Choose) -> None:
-    """Another order of dimensions or sizes in a list."""
+@operator
+def offset(graph: Graph, choose: Choose) -> None:
+    """One more or one less: a diagonal, a start, a width, what is compared with."""
+    spans = ("size", "shape", "repeats", "split_size", "sizes", "fill_value")
     places = [
-        (n, i)
-        for n in _calls(graph)
-        for i, a in enumerate(n.args)
-        if isinstance(a, list | tuple) and len(a) > 1 and all(type(x) is int for x in a)
+        (n, i, a)
+        for n, i, name, a in arguments(graph)
+        if type(a) is int and not is_dimension(name) and name not in spans
     ]
-    node, place = _pick(places, choose)
-    values = list(node.args[place])
-    first, second = choose(len(values)), choose(len(values))
-    values[first], values[second] = values[second], values[first]
-    node.args = (*node.args[:place], values, *node.args[place + 1 :])
+    node, place, number = pick(_rather(places, _POSITIONS, choose), choose)
+    put(node, place, number + pick([1, -1], choose))
 
 
-def equation(graph: Graph, choose: Choose) -> None:
-    """Two letters of an einsum change places."""
-    node = _pick([n for n in _calls(graph) if n.target == aten.einsum.default], choose)
-    letters = list(node.args[0])
-    spots = [i for i, x in enumerate(letters) if x.isalpha()]
-    first, second = _pick(spots, choose), _pick(spots, choose)
-    letters[first], letters[second] = letters[second], letters[first]
-    node.args = ("".join(letters), *node.args[1:])
+#: Operations in which a whole number, or a dimension, may change without changing the shape of the result.
+_POSITIONS = ("tril", "triu", "lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "rsub", "pow", "mul")
+_ALONG = ("softmax", "log_softmax", "cumsum", "logcumsumexp", "flip", "roll", "cumprod")
+
+
+def _rather(places: list[tuple[Any, ...]], names: tuple[str, ...], choose: Choose) -> list[tuple[Any, ...]]:
+    """Mostly those places in operations of these names, if there are any."""
+    liked = [p for p in places if str(p[0].target).removeprefix("aten.").split(".")[0].rstrip("_") in names]
+    return liked if liked and choose(6) else places
+
+
+@operator
+def dimension(graph: Graph, choose: Choose) -> None:
+    """Another dimension, another order of dimensions, or another letter of an einsum."""
+    places = [
+        (n, i, a)
+        for n, i, name, a in arguments(graph)
+        if (is_dimension(name) and isinstance(a, int | list | tuple)) or name == "equation"
+    ]
+    node, place, held = pick(_rather(places, _ALONG, choose), choose)
+    rank = max((len(t.shape) for t in map(value, (node, *node.all_input_nodes)) if t is not None), default=1)
+    if isinstance(held, str):
+        put(node, place, _exchanged(held, choose))
+    elif isinstance(held, int):
+        put(node, place, pick([d for d in range(rank) if d != held % rank], choose))
+    else:
+        put(node, place, _swapped(list(held), choose) if len(held) > 1 else [choose(rank)])
+
+
+def _exchanged(equation: str, choose: Choose) -> str:
+    """Two letters change places in one operand or in the result."""
+    terms = equation.replace(" ", "").replace("->", ",").split(",")
+    at = choose(len(terms))
+    letters = [i for i, x in enumerate(terms[at]) if x.isalpha()]
+    if len(letters) < 2:
+        raise NoPlace
+    spots = _swapped(letters, choose)
+    changed = list(terms[at])
+    for place, source in zip(letters, spots, strict=True):
+        changed[place] = terms[at][source]
+    terms[at] = "".join(changed)
+    return f"{','.join(terms[:-1])}->{terms[-1]}" if "->" in equation else ",".join(terms)
+
+
+def _swapped(held: list[Any], choose: Choose) -> list[Any]:
+    first = choose(len(held))
+    second = pick([i for i in range(len(held)) if i != first], choose)
+    held[first], held[second] = held[second], held[first]
+    return held
 
 
 _SWAPS = (
     (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default),
+    (aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor),
     (aten.tril.default, aten.triu.default),
+    (aten.triu_.default, aten.tril_.default),
     (aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.eq.Tensor, aten.ne.Tensor),
+    (aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.eq.Scalar, aten.ne.Scalar),
     (aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor),
+    (aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor),
+    (aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default),
     (aten.softmax.int, aten.log_softmax.int),
     (aten.tanh.default, aten.sin.default, aten.sigmoid.default),
-    (aten.logical_not.default, aten.alias.default),
+    (aten.exp.default, aten.exp2.default, aten.expm1.default, aten.sigmoid.default),
+    (aten.log.default, aten.log2.default, aten.log1p.default),
+    (aten.elu.default, aten.relu.default, aten.gelu.default, aten.silu.default, aten.softplus.default),
+    (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.logsumexp.default),
+    (aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default),
+    (aten.minimum.default, aten.maximum.default),
 )
 
 
+@operator
 def operation(graph: Graph, choose: Choose) -> None:
     """Another operation with the same arguments."""
-    places = [(n, group) for n in _calls(graph) for group in _SWAPS if n.target in group]
-    node, group = _pick(places, choose)
-    node.target = _pick([t for t in group if t != node.target], choose)
+    places = [(n, group) for n in calls(graph) for group in _SWAPS if n.target in group]
+    node, group = pick(places, choose)
+    node.target = pick([t for t in group if t != node.target], choose)
 
 
+_COMMUTE = {
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.eq.Tensor,
+    aten.ne.Tensor,
+    *(t for g in _SWAPS[6:9] for t in g),
+}
+
+
+@operator
 def operand_order(graph: Graph, choose: Choose) -> None:
-    """Two operands change places."""
+    """Two operands of one operation change places, or two inputs everywhere."""
     places = [
-        (n, i)
-        for n in _calls(graph)
-        for i in range(len(n.args) - 1)
-        if all(isinstance(a, Node) for a in n.args[i : i + 2])
+        (n, i, j)
+        for n in calls(graph)
+        if n.target not in _COMMUTE
+        for j in range(len(n.args))
+        for i in range(j)
+        if _alike(n.args[i], n.args[j])
     ]
-    node, i = _pick(places, choose)
-    node.args = (*node.args[:i], node.args[i + 1], node.args[i], *node.args[i + 2 :])
+    inputs = [n for n in tensors(graph) if n.op == "placeholder"]
+    pairs = [(a, b) for n, a in enumerate(inputs) for b in inputs[:n] if _alike(a, b)]
+    if pairs and (not places or choose(2)):
+        _exchange(*pick(pairs, choose))
+        return
+    node, i, j = pick(places, choose)
+    first, second = node.args[i], node.args[j]
+    put(node, i, second)
+    put(node, j, first)
 
 
+def _alike(a: object, b: object) -> bool:
+    """Two different tensors of one shape and dtype."""
+    one, other = value(a), value(b)
+    if a is b or one is None or other is None:
+        return False
+    return one.dtype == other.dtype and shape(a) == shape(b)  # type: ignore[arg-type]
+
+
+def _exchange(a: Node, b: Node) -> None:
+    users_a, users_b = list(a.users), list(b.users)
+    for user in dict.fromkeys([*users_a, *users_b]):
+        swapped = torch.fx.node.map_arg(
+            (user.args, user.kwargs), lambda n: b if n is a else a if n is b else n
+        )
+        user.args, user.kwargs = swapped
+
+
+@operator
 def other_operand(graph: Graph, choose: Choose) -> None:
-    """One operand is replaced by an earlier tensor."""
+    """One operand is replaced by an earlier tensor of the same shape."""
     order = {n: k for k, n in enumerate(graph.nodes)}
-    places = [(n, a) for n in _calls(graph) for a in n.args if isinstance(a, Node)]
-    node, old = _pick(places, choose)
-    new = _pick([t for t in _tensors(graph) if order[t] < order[node] and t is not old], choose)
+    places = [
+        (n, a, other)
+        for n in calls(graph)
+        for a in n.all_input_nodes
+        for other in tensors(graph)
+        if order[other] < order[n] and _alike(a, other)
+    ]
+    node, old, new = pick(places, choose)
     node.replace_input_with(old, new)
 
 
-def extra_user(graph: Graph, choose: Choose) -> None:
-    """One more value is returned."""
-    output = next(n for n in graph.nodes if n.op == "output")
-    held = output.args[0]
-    node = _pick([n for n in _tensors(graph) if n.op == "call_function"], choose)
-    output.args = ((*(held if isinstance(held, list | tuple) else (held,)), node),)
-
-
-_WRITES = ((aten.mul_.Scalar, 2.0), (aten.add_.Scalar, 1.0), (aten.neg_.default,), (aten.relu_.default,))
-
-
-def write_in_place(graph: Graph, choose: Choose) -> None:
-    """A tensor is written to, somewhere after it was made, whole or through a view."""
-    node = _pick(_tensors(graph, lambda t: t.is_floating_point()), choose)
-    order = list(graph.nodes)
-    place = _pick(order[order.index(node) + 1 :], choose)
-    with graph.inserting_before(place):
-        through = node
-        if choose(2) and node.meta["val"].dim():
-            through = graph.call_function(aten.select.int, (node, choose(node.meta["val"].dim()), 0))
-        target, *rest = _pick(_WRITES, choose)
-        graph.call_function(target, (through, *rest))
-
-
-def write_to_mask(graph: Graph, choose: Choose) -> None:
-    """A boolean tensor is inverted in place, or one row or column of it filled."""
-    node = _pick(_tensors(graph, lambda t: t.dtype == torch.bool), choose)
-    order = list(graph.nodes)
-    with graph.inserting_before(_pick(order[order.index(node) + 1 :], choose)):
-        if choose(2) or not node.meta["val"].dim():
-            graph.call_function(aten.logical_not_.default, (node,))
-        else:
-            row = graph.call_function(aten.select.int, (node, choose(node.meta["val"].dim()), 0))
-            graph.call_function(aten.fill_.Scalar, (row, bool(choose(2))))
-
-
-def polarity(graph: Graph, choose: Choose) -> None:
-    """A condition is inverted."""
-    node = _pick(_tensors(graph, lambda t: t.dtype == torch.bool), choose)
-    _insert(graph, node, aten.logical_not.default)
-
-
-def axis(graph: Graph, choose: Choose) -> None:
-    """Two dimensions change places, or the elements of one move on."""
-    node = _pick(_tensors(graph, lambda t: t.dim() > 1), choose)
-    rank = node.meta["val"].dim()
-    first, second = choose(rank), choose(rank)
-    if choose(2):
-        _insert(graph, node, aten.transpose.int, first, second)
-    else:
-        _insert(graph, node, aten.roll.default, [1], [first])
-
-
-_EXTRA = (
-    (aten.neg.default,), (aten.abs.default,), (aten.relu.default,), (aten.exp.default,), (aten.tanh.default,),
-    (aten.mul.Tensor, 1.5), (aten.add.Tensor, -2.0), (aten.cumsum.default, -1), (aten.softmax.int, -1),
-    (aten.clamp.default, -0.5, 0.5), (aten.flip.default, [-1]), (aten.sum.dim_IntList, [-1], True),
-    (aten.dropout.default, 1.0, True),
-)  # fmt: skip
-
-
-def extra_operation(graph: Graph, choose: Choose) -> None:
-    """One more operation on the way."""
-    node = _pick(_tensors(graph, lambda t: t.is_floating_point()), choose)
-    _insert(graph, node, *_pick(_EXTRA, choose))
-
-
-def cast(graph: Graph, choose: Choose) -> None:
-    """A detour through a type that keeps less."""
-    node = _pick(_tensors(graph, lambda t: t.is_floating_point()), choose)
-    narrow = _insert(graph, node, aten.to.dtype, _pick([torch.int64, torch.bool, torch.bfloat16], choose))
-    _insert(graph, narrow, aten.to.dtype, node.meta["val"].dtype)
-
-
+@operator
 def left_out(graph: Graph, choose: Choose) -> None:
     """An operation is left out: its first tensor takes its place."""
-    sources = ((n, n.args[0]) for n in _calls(graph) if n.args)
-    node = _pick([n for n, source in sources if isinstance(source, Node) and source.op != "get_attr"], choose)
-    node.replace_all_uses_with(node.args[0])
+    sources = ((n, n.args[0]) for n in calls(graph) if n.args)
+    places = [
+        (n, s)
+        for n, s in sources
+        if value(s) is not None and value(n) is not None and shape(n) == shape(s)  # type: ignore[arg-type]
+    ]
+    node, source = pick(places, choose)
+    node.replace_all_uses_with(source)  # type: ignore[arg-type]
     graph.erase_node(node)
-
-
-OPERATORS: dict[str, Callable[[Graph, Choose], None]] = {
-    f.__name__: f
-    for f in (
-        literal, listed_literal, equation, operation, operand_order, other_operand, extra_user, write_in_place,
-        write_to_mask, polarity, axis, extra_operation, cast, left_out,
-    )
-}  # fmt: skip

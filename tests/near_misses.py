@@ -61,25 +61,25 @@ def scores_of(q: Tensor, k: Tensor) -> Tensor:
 # --- the weights are needed for something else ---
 
 
-@near_miss(mha, "returned by the graph")
+@near_miss(mha, None)
 def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = scores_of(q, k).softmax(-1)
     return weights @ v, weights  # codertimo/BERT-pytorch
 
 
-@near_miss(mha, "an inner value of the attention .* is also")
+@near_miss(mha, None)
 def scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     scores = scores_of(q, k)
     return scores.softmax(-1) @ v, scores  # openai/whisper
 
 
-@near_miss(mha, "used 3 times")
+@near_miss(mha, None)
 def weights_summed_for_a_loss(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = scores_of(q, k).softmax(-1)
     return weights @ v, (weights * weights.log()).sum()
 
 
-@near_miss(mha, "also used by")
+@near_miss(mha, None)
 def scores_used_by_another_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = scores_of(q, k)
     return scores.softmax(-1) @ v + scores.mul(2).softmax(-1) @ v
@@ -104,7 +104,7 @@ def talking_heads_after(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
     return torch.einsum("bhij,hg->bgij", scores_of(q, k).softmax(-1), mix) @ v
 
 
-@near_miss(mha, "topk|not understood|also used")
+@near_miss(mha, None)
 def keys_chosen_by_their_score(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = scores_of(q, k)
     least = scores.topk(3, dim=-1).values[..., -1:]
@@ -148,7 +148,7 @@ def mask_inside_the_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (5 * torch.tanh(scores_of(q, k).masked_fill(hidden, -1e9) / 5)).softmax(-1) @ v
 
 
-@near_miss(with_last(mha, lambda: torch.rand(S)), "varies along the keys")
+@near_miss(with_last(mha, lambda: torch.rand(S, S)), "varies along the keys")
 def scale_per_key(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
     return (scores_of(q, k) * factor).softmax(-1) @ v
 
@@ -190,37 +190,37 @@ def scores_times_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --- masks that are no masks ---
 
 
-@near_miss(padded(mha), "still weighs")
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
 def weak_fill(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return scores_of(q, k).masked_fill(~keep[:, None, None], -1e4).softmax(-1) @ v
+    return scores_of(q, k).masked_fill(~keep[:, None], -1e4).softmax(-1) @ v
 
 
-@near_miss(padded(mha), "still weighs")
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
 def fill_of_zero(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return scores_of(q, k).masked_fill(~keep[:, None, None], 0.0).softmax(-1) @ v
+    return scores_of(q, k).masked_fill(~keep[:, None], 0.0).softmax(-1) @ v
 
 
-@near_miss(padded(mha), "still weighs")
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
 def fill_that_shows(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep[:, None, None], scores_of(q, k), 1e9).softmax(-1) @ v
+    return torch.where(keep[:, None], scores_of(q, k), 1e9).softmax(-1) @ v
 
 
-@near_miss(padded(mha), "still weighs")
+@near_miss(padded(mha), None)
 def fill_taken_back(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (scores_of(q, k) - 1e9).masked_fill(~keep[:, None, None], -1e9).softmax(-1) @ v
 
 
-@near_miss(padded(mha), "between the softmax and the values|used 2 times")
+@near_miss(padded(mha), "masked after the softmax by something else")
 def mask_after_the_softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return scores_of(q, k).softmax(-1).masked_fill(~keep[:, None, None], 0.0) @ v
 
 
-@near_miss(padded(mha), "between the softmax and the values|used 2 times")
+@near_miss(padded(mha), "masked after the softmax by something else")
 def mask_onto_the_weights(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (scores_of(q, k).softmax(-1) * keep[:, None, None]) @ v
 
 
-@near_miss(padded(mha), "varies along the keys")
+@near_miss(padded(mha), None)
 def mask_onto_the_scores(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (scores_of(q, k) * keep[:, None, None]).softmax(-1) @ v
 
@@ -299,7 +299,7 @@ def distances_softmaxed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --- dropout ---
 
 
-@near_miss(mha, "dropout 0.5")
+@near_miss(mha, None)
 def dropout_in_training(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.dropout(scores_of(q, k).softmax(-1), p=0.5, training=True).mul(0) @ v
 
@@ -312,14 +312,6 @@ def sdpa_with_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --- writes in place ---
 
 
-@near_miss(with_last(mha, lambda: torch.rand(S, S) > 0.3), "written to in place|mask is written")
-def mask_changed_in_between(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    mask = mask.clone()
-    scores = scores_of(q, k).masked_fill(mask, NEG_INF)
-    mask[:, 0] = False
-    return scores.softmax(-1) @ v + mask.sum()
-
-
 @near_miss(mha, "written to in place")
 def queries_changed_after_their_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.cos()
@@ -328,7 +320,7 @@ def queries_changed_after_their_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v + q
 
 
-@near_miss(mha, "written to in place")
+@near_miss(mha, None)
 def values_changed_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     v = v * 1
     first = v[:, :, 0]
@@ -345,14 +337,14 @@ def scale_changed_in_between(q: Tensor, k: Tensor, v: Tensor, temperature: Tenso
     return scores.softmax(-1) @ v + temperature
 
 
-@near_miss(mha, "also used by")
+@near_miss(mha, "is written to in place")
 def scores_changed_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = scores_of(q, k)
     scores[..., 0] = -5.0
     return scores.softmax(-1) @ v
 
 
-@near_miss(mha, "used 2 times")
+@near_miss(mha, "is written to in place")
 def weights_changed_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = scores_of(q, k).softmax(-1)
     weights[..., 0] = 0.0
@@ -366,13 +358,13 @@ def weights_scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-@near_miss(mha, "between the softmax and the values|used 2 times")
+@near_miss(mha, "made of them|not understood")
 def weights_renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = scores_of(q, k).softmax(-1)
     return (weights / (1e-6 + weights.sum(-2, keepdim=True))) @ v  # slot attention
 
 
-@near_miss(mha, "also adds or scales")
+@near_miss(mha, "also adds something")
 def product_with_values_adds(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     return torch.baddbmm(v, scores_of(q, k).softmax(-1), v)

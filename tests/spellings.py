@@ -31,7 +31,7 @@ class Spelling:
 
     attend: Callable[..., Tensor]
     inputs: Inputs
-    scale: float = 1.0
+    scale: float | str = 1.0
     share: int = 1
     mask: str = "full"
     empty_row: str = "never"
@@ -45,18 +45,42 @@ class Spelling:
     def name(self) -> str:
         return self.attend.__name__
 
+    def line(self, *, symbolic: bool) -> str:
+        """The spec as the report prints it; where sizes are symbolic, without the scale: a size may be part of it."""
+        empty_row = (self.empty_row_symbolic if symbolic else None) or self.empty_row
+        biases = {0: "", 1: "bias"}.get(self.biases, f"bias x{self.biases}")
+        parts = (
+            "softmax",
+            ""
+            if symbolic
+            else f"scale={self.scale if isinstance(self.scale, str) else format(self.scale, '.6g')}",
+            f"gqa={self.share}" if self.share != 1 else "",
+            self.mask,
+            f"empty={empty_row}" if empty_row != "never" else "",
+            biases,
+            f"softcap={self.softcap:g}" if self.softcap else "",
+        )
+        return " ".join(filter(None, parts))
+
+
+Add = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+def collect(found: list[Spelling]) -> Callable[..., Add]:
+    """A decorator that adds functions to `found`: it takes what makes the inputs, and the meaning."""
+
+    def spelling(inputs: Inputs, **meaning: object) -> Add:
+        def add(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            found.append(Spelling(attend, inputs, **meaning))  # type: ignore[arg-type]
+            return attend
+
+        return add
+
+    return spelling
+
 
 SPELLINGS: list[Spelling] = []
-
-
-def spelling(inputs: Inputs, **meaning: object) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Adds the function to SPELLINGS."""
-
-    def add(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        SPELLINGS.append(Spelling(attend, inputs, **meaning))  # type: ignore[arg-type]
-        return attend
-
-    return add
+spelling = collect(SPELLINGS)
 
 
 def draw(*shape: int) -> Tensor:
@@ -169,12 +193,12 @@ def scale_is_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )  # HF gptj
 
 
-@spelling(with_last(mha, lambda: torch.tensor(0.7)))
+@spelling(with_last(mha, lambda: torch.tensor(0.7)), scale="1/tensor")
 def scale_is_an_input(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     return torch.softmax(q @ k.mT / temperature, -1) @ v
 
 
-@spelling(with_last(mha, lambda: torch.rand(H, 1, 1) + 0.5), differentiable=4)
+@spelling(with_last(mha, lambda: torch.rand(H, 1, 1) + 0.5), scale="tensor", differentiable=4)
 def scale_per_head(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     return torch.softmax((q @ k.mT) * temperature, -1) @ v
 
@@ -439,7 +463,7 @@ def padding_in_place(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return functional.softmax(scores.float(), dim=-1).type_as(scores) @ v
 
 
-@spelling(padded(cross), scale=0.25, mask="padding", empty_row="uniform")
+@spelling(padded(cross), scale=0.25, mask="padding", empty_row="absorbed")
 def padding_by_arithmetic(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     mask = (1.0 - keep[:, None, None, :].to(q.dtype)) * torch.finfo(
         q.dtype

@@ -12,16 +12,16 @@ from source import PACKAGE, ROOT, Module, code_lines, imports, is_jit, within
 LAYERS = (
     ("attnopt.errors",),
     ("attnopt.mask",),
-    ("attnopt.spec",),
-    ("attnopt.options", "attnopt.shadow", "attnopt.versions", "attnopt.files*"),
+    ("attnopt.spec", "attnopt.mask_blocks", "attnopt.buffers"),
+    ("attnopt.breaks", "attnopt.options", "attnopt.shadow*", "attnopt.versions", "attnopt.files*"),
     ("attnopt.rule",),
     ("attnopt.registry", "attnopt.report*"),
     ("attnopt.kernels._*",),
     ("attnopt.kernels.*", "attnopt.passes.*"),
     ("attnopt.ops", "attnopt.caches*"),
-    ("attnopt.policy", "attnopt.verify", "attnopt.locate"),
+    ("attnopt.policy", "attnopt.verify", "attnopt.locate", "attnopt.reading", "attnopt.wording"),
     ("attnopt.pipeline",),
-    ("attnopt.approximation", "attnopt.watch"),
+    ("attnopt.approximation", "attnopt.watch", "attnopt.premises", "attnopt.guards"),
     ("attnopt.backend",),
     ("attnopt.programs",),
     ("attnopt",),
@@ -36,7 +36,14 @@ CONFINED = {
     "typer": ("attnopt.cli*",),
 }
 #: What is described without graphs.
-NO_FX = ("attnopt.kernels.*", "attnopt.spec", "attnopt.mask", "attnopt.errors", "attnopt.options")
+NO_FX = (
+    "attnopt.kernels.*",
+    "attnopt.spec",
+    "attnopt.mask",
+    "attnopt.mask_blocks",
+    "attnopt.errors",
+    "attnopt.options",
+)
 
 #: State that lives in a module, each with the reason why it has to: "module.NAME".
 STATE = {

@@ -21,7 +21,7 @@ class LightningKernel:
     name = "lightning"
     family: Literal["softmax", "linear"] = "linear"
     exact = True
-    reads = frozenset({"scale", "heads", "mask", "decay", "normaliser"})
+    reads = frozenset({"scale", "heads", "mask", "decay", "normaliser", "initial_state", "final_state"})
 
     def refuse(self, site: SiteMeta) -> str | None:
         """Serves full masks without decay and square causal ones with any decay; keys may be padded."""
@@ -29,6 +29,9 @@ class LightningKernel:
         if len(dtypes) != 1 or not dtypes <= set(DTYPES):
             return f"q, k and v are {', '.join(sorted(map(str, dtypes)))}: wanted one floating dtype"
         form = band(site.spec.mask)
+        stateful = site.spec.initial_state or site.spec.final_state
+        if stateful and site.spec.normaliser is not None:
+            return "a state is passed on, and the output is divided by a sum whose state is not"
         if form is None or not _is_simple(form):
             return f"mask {site.spec.mask}: wanted full or causal, with or without key padding"
         if form.offset is None:
@@ -47,7 +50,7 @@ class LightningKernel:
         passes = 1 if site.spec.normaliser is None else 2
         return Cost(float(rows * site.operands["q"].dtype.itemsize * passes), flops, efficiency=0.4)
 
-    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """One call of lightning_attention; a normaliser is a second one, with a single column of ones as values."""
         form = band(spec.mask)
         if form is None or not _is_simple(form):
@@ -55,6 +58,19 @@ class LightningKernel:
         q, v, log_decay = operands["q"], operands["v"], operands.get("log_decay")
         k = _without_padding(operands["k"], operands[form.padding] if form.padding else None)
         causal = form.offset is not None
+        if spec.initial_state or spec.final_state:
+            first = operands.get("initial_state")
+            both = lightning_attention(
+                q,
+                k,
+                v,
+                log_decay=log_decay,
+                scale=spec.scale,
+                initial_state=first,
+                return_state=True,
+                causal=causal,
+            )
+            return both if spec.final_state else both[0]
         out = lightning_attention(q, k, v, log_decay=log_decay, scale=spec.scale, causal=causal)
         if spec.normaliser is None:
             return out
@@ -82,8 +98,11 @@ def _without_padding(k: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _denominator(total: Tensor, normaliser: Normaliser) -> Tensor:
-    """sum(w) + eps, or max(|sum(w)|, floor), (B, H, Sq, 1)."""
-    return total + normaliser.eps if normaliser.floor is None else total.abs().clamp_min(normaliser.floor)
+    """sum(w) + eps, or max(|sum(w)|, floor), or max(sum(w), floor); (B, H, Sq, 1)."""
+    total = total.detach() if normaliser.detached else total
+    if normaliser.floor is None:
+        return total + normaliser.eps
+    return (total if normaliser.signed else total.abs()).clamp_min(normaliser.floor)
 
 
 KERNEL = LightningKernel()

@@ -17,8 +17,11 @@ class ReferenceKernel:
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
     reads = frozenset(
-        {"scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits", "decay", "normaliser"}
-    )
+        {
+            "scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits", "sink_per_query", "decay",
+            "normaliser", "initial_state", "final_state",
+        }
+    )  # fmt: skip
 
     def refuse(self, site: SiteMeta) -> str | None:
         """It serves everything; the cost keeps it from being chosen."""
@@ -30,7 +33,7 @@ class ReferenceKernel:
         s = site.sizes
         return Cost(0.0, 4.0 * s.batch * s.heads * s.sq * s.sk * s.d, efficiency=1e-6)
 
-    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+    def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """softmax: softmax(softcap(scale q k^T) + bias, visible keys) v. linear: (decay * mask * scale q k^T) v."""
         return _softmax(spec, operands) if spec.family == "softmax" else _linear(spec, operands)
 
@@ -58,8 +61,9 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     visible = _visible(spec, scores, operands)
     logits = scores.masked_fill(~visible, float("-inf"))
     if spec.sink_logits:
-        sink = operands["sink_logits"].to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        sink = operands["sink_logits"].to(logits.dtype)
+        column = sink[..., None] if spec.sink_per_query else sink.view(1, -1, 1, 1)
+        weights = torch.cat([logits, column.expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)
     if (
@@ -77,15 +81,41 @@ def _fill_empty(spec: AttentionSpec, weights: Tensor, logits: Tensor) -> Tensor:
     return torch.where((logits != float("-inf")).any(-1, keepdim=True), weights, value)
 
 
-def _linear(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+def _linear(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """The state that enters adds scale * exp(g_1 + ... + g_i) q_i S_0, and to the last state what is left of it."""
+    out = _weighted(spec, operands)
+    if not (spec.initial_state or spec.final_state):
+        return out
+    total = _running(spec, operands)
+    if spec.initial_state:
+        first = operands["initial_state"].to(out.dtype)
+        out = out + spec.scale * total.exp()[..., None] * (operands["q"] @ first)
+    if not spec.final_state:
+        return out
+    left = (total[..., -1:] - total).exp()[..., None]
+    state = (operands["k"].repeat_interleave(spec.heads.share, dim=1) * left).mT @ _values(spec, operands)
+    return out, state + total[..., -1, None, None].exp() * first if spec.initial_state else state
+
+
+def _running(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the log decays up to each query, (B, H, Sq)."""
+    q = operands["q"]
+    steps = operands["log_decay"].to(q.dtype) if spec.decay is not Decay.NONE else q.new_zeros(q.shape[1])
+    steps = steps[None, :, None] if steps.dim() == 1 else steps
+    return steps.expand(q.shape[:3]).cumsum(-1)
+
+
+def _weighted(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     scores = _scores(spec, operands)
     weights = (scores * _decay(spec, scores, operands)).masked_fill(~_visible(spec, scores, operands), 0.0)
     out = weights @ _values(spec, operands)
     if spec.normaliser is None:
         return out
     total = weights.sum(-1, keepdim=True)
+    total = total.detach() if spec.normaliser.detached else total
     if spec.normaliser.floor is not None:
-        return out / total.abs().clamp_min(spec.normaliser.floor)
+        bounded = total if spec.normaliser.signed else total.abs()
+        return out / bounded.clamp_min(spec.normaliser.floor)
     return out / (total + spec.normaliser.eps)
 
 

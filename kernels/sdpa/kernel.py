@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnopt.mask import FULL, TOP_LEFT, Causal
+from attnopt.mask import FULL, TOP_LEFT, And, Causal, Full, KeyPadding, Mask, Opaque
 from attnopt.rule import Cost, SiteMeta
-from attnopt.spec import AttentionSpec, EmptyRow
+from attnopt.spec import MEANS, AttentionSpec, EmptyRow
+
+#: Bytes moved for each pair of positions when a mask is built: two comparisons and their conjunction.
+_BUILT = 8.0
+
+#: A number at or below this absorbs any score that it is added to.
+ABSORBING = -1e30
 
 
 class SdpaKernel:
@@ -18,22 +24,34 @@ class SdpaKernel:
     name = "sdpa"
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
-    reads = frozenset({"scale", "heads", "mask", "empty_row", "bias"})
+    reads = frozenset(
+        {"scale", "heads", "mask", "empty_row", "bias", "sink_logits", "sink_per_query", "dropout"}
+    )
 
     def refuse(self, site: SiteMeta) -> str | None:
         """Serves floating point of any device, shape and mask."""
         dtype = site.operands["q"].dtype
-        return None if dtype.is_floating_point else f"dtype {dtype} is not floating point"
+        if not dtype.is_floating_point:
+            return f"dtype {dtype} is not floating point"
+        if site.spec.dropout and site.spec.empty_row is EmptyRow.UNIFORM:
+            return "with dropout, a row without keys would be the mean of some values only"
+        return None
 
     def cost(self, site: SiteMeta) -> Cost:
-        """All pairs are computed, half of them under a plain causal mask; a dense mask is read once per head."""
+        """All pairs are computed, half of them under a plain causal mask; a dense mask is read once per head.
+
+        Learned sinks are one more column of the mask: it becomes dense, and keys and values are copied.
+        """
         s, spec = site.sizes, site.spec
         share = 0.5 if _is_causal_flag(spec) else 1.0
         width = site.operands["q"].dtype.itemsize
         masked = 0.0 if _needs_no_mask(spec) else float(s.batch * s.heads * s.sq * s.sk * width)
-        rows = s.batch * (s.heads * s.sq * (s.d + s.dv) + s.kv_heads * s.sk * (s.d + s.dv))
+        keys = s.kv_heads * s.sk * (3 if spec.sink_logits else 1)
+        rows = s.batch * (s.heads * s.sq * (s.d + s.dv) + keys * (s.d + s.dv))
         flops = 2.0 * s.batch * s.heads * s.sq * s.sk * (s.d + s.dv) * share
-        return Cost(rows * width + masked, flops, efficiency=0.6 if _needs_no_mask(spec) else 0.35)
+        built = 0.0 if _needs_no_mask(spec) or _is_given(spec.mask) else _BUILT * s.sq * s.sk
+        efficiency = 0.6 if _needs_no_mask(spec) else 0.35
+        return Cost(rows * width + masked + built, flops, efficiency)
 
     def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         """One call of scaled_dot_product_attention, and what it leaves open: rows that see no key."""
@@ -41,16 +59,20 @@ class SdpaKernel:
         scale = spec.scale
         if scale <= 0:  # the library multiplies hidden scores, -inf, by it
             q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
-        visible = None if _needs_no_mask(spec) else _visible(spec, q, k, operands)
+        visible = None if spec.mask == FULL or _is_causal_flag(spec) else _visible(spec, q, k, operands)
         mask = _attention_mask(spec, visible, operands)
+        if spec.sink_logits:
+            k, v, mask = _with_sinks(spec, operands, mask)
         out = functional.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
+            dropout_p=spec.dropout,
             is_causal=_is_causal_flag(spec),
             scale=scale,
             enable_gqa=spec.heads.share != 1,
         )  # fmt: skip
-        out = out if mask is None else _fill_empty(spec, out, mask, v)
+        settled = spec.sink_logits or _absorbs(spec)
+        out = out if settled or mask is None else _fill_empty(spec, out, mask, operands)
         return _spoilt(out, q) if q.device.type == "cpu" else out
 
 
@@ -61,11 +83,17 @@ def _spoilt(out: Tensor, q: Tensor) -> Tensor:
 
 def _is_causal_flag(spec: AttentionSpec) -> bool:
     """Whether `is_causal=True`, which aligns at the top left, says all there is to say."""
-    return spec.mask == Causal(TOP_LEFT) and not spec.bias
+    return spec.mask == Causal(TOP_LEFT) and not spec.bias and not spec.sink_logits
+
+
+def _is_given(mask: Mask) -> bool:
+    """Whether a tensor says all that the mask does; anything else is built from positions, at each site anew."""
+    parts = mask.parts if isinstance(mask, And) else (mask,)
+    return all(isinstance(part, Full | Opaque | KeyPadding) for part in parts)
 
 
 def _needs_no_mask(spec: AttentionSpec) -> bool:
-    return _is_causal_flag(spec) or spec.mask == FULL
+    return _is_causal_flag(spec) or (spec.mask == FULL and not spec.sink_logits)
 
 
 def _visible(spec: AttentionSpec, q: Tensor, k: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
@@ -78,6 +106,8 @@ def _visible(spec: AttentionSpec, q: Tensor, k: Tensor, operands: Mapping[str, T
 def _attention_mask(
     spec: AttentionSpec, visible: Tensor | None, operands: Mapping[str, Tensor]
 ) -> Tensor | None:
+    if _absorbs(spec) and visible is not None:
+        return _absorbing(visible, operands["q"].dtype)
     if not spec.bias:
         return visible
     first, *rest = (_as_float(operands[name], operands["q"].dtype) for name in spec.bias)
@@ -85,20 +115,62 @@ def _attention_mask(
     return bias if visible is None else torch.where(visible, bias, float("-inf"))
 
 
+def _absorbs(spec: AttentionSpec) -> bool:
+    """Whether rows without keys come of a number that is added: with dropout, the mean is not all there is to them."""
+    return spec.empty_row is EmptyRow.ABSORBED and spec.dropout > 0
+
+
+def _absorbing(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add whose finite number absorbs any score: in fp32 where `dtype` does not reach so low."""
+    wide = dtype if dtype.is_floating_point and torch.finfo(dtype).min <= ABSORBING else torch.float32
+    return torch.zeros_like(visible, dtype=wide).masked_fill(~visible, torch.finfo(wide).min)
+
+
+def _with_sinks(
+    spec: AttentionSpec, operands: Mapping[str, Tensor], mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and mask with one more key, all zeros, whose value is zero and whose logit is the sink's."""
+    q, k, v, sink = (operands[name] for name in ("q", "k", "v", "sink_logits"))
+    column = sink[..., None] if spec.sink_per_query else sink.view(1, -1, 1, 1)
+    column = _as_float(column, q.dtype)
+    if mask is None:
+        mask = column.new_zeros((1, 1, 1, 1))
+    elif mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, float("-inf")).to(column.dtype)
+    dtype = torch.promote_types(mask.dtype, column.dtype)
+    mask = mask.to(dtype)[(None,) * (4 - mask.dim())]
+    rows = (q.shape[0], q.shape[1], q.shape[2])
+    mask = torch.cat([mask.expand(*rows, k.shape[2]), column.to(dtype).expand(*rows, 1)], dim=-1)
+    return functional.pad(k, (0, 0, 0, 1)), functional.pad(v, (0, 0, 0, 1)), mask
+
+
 def _as_float(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """In q's dtype if it has it, else in fp32: fp32's lowest number does not fit into a half type."""
     return bias if bias.dtype == dtype else bias.to(torch.promote_types(dtype, torch.float32))
 
 
-def _fill_empty(spec: AttentionSpec, out: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+def _fill_empty(spec: AttentionSpec, out: Tensor, mask: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
     """scaled_dot_product_attention returns zeros for a row that the mask, or a bias of -inf, hides altogether."""
     if spec.empty_row is EmptyRow.ZERO or (spec.empty_row is EmptyRow.NEVER and not spec.bias):
         return out
     seen = (mask if mask.dtype == torch.bool else mask != float("-inf")).any(-1, keepdim=True)
-    if spec.empty_row is not EmptyRow.UNIFORM:
+    if spec.empty_row not in MEANS:
         return torch.where(seen, out, float("nan"))
-    mean = v.mean(-2, keepdim=True).repeat_interleave(spec.heads.share, dim=1)
+    mean = operands["v"].mean(-2, keepdim=True).repeat_interleave(spec.heads.share, dim=1)
+    if spec.empty_row is EmptyRow.ABSORBED and torch.is_grad_enabled():
+        mean = mean + _nothing_with_gradients(spec, operands)
     return torch.where(seen, out, mean)
+
+
+def _nothing_with_gradients(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+    """Zeros (B, H, Sq, Dv) with the gradients to q and k of a softmax whose weights are all the same.
+
+    There d(out) = sum over j of (s_j - mean of s) v_j / Sk, to first order in the scores s: a product with K^T V.
+    """
+    q, k, v = operands["q"], operands["k"], operands["v"].detach()
+    apart = (k - k.mean(-2, keepdim=True)).transpose(-1, -2) @ v
+    change = q @ apart.repeat_interleave(spec.heads.share, dim=1) * (spec.scale / max(k.shape[2], 1))
+    return change - change.detach()
 
 
 KERNEL = SdpaKernel()

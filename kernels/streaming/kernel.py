@@ -14,7 +14,16 @@ from attnopt.kernels.streaming.op import attend, four_dimensional
 from attnopt.kernels.streaming.reach import reach
 from attnopt.mask import Band, band
 from attnopt.rule import Cost, SiteMeta
-from attnopt.spec import AttentionSpec, EmptyRow
+from attnopt.spec import MEANS, AttentionSpec, EmptyRow
+
+#: What the op calls each meaning of a row without keys; without gradients, the two means are one.
+_EMPTY_ROWS = {
+    EmptyRow.NEVER: "nan",
+    EmptyRow.NAN: "nan",
+    EmptyRow.ZERO: "zero",
+    EmptyRow.UNIFORM: "uniform",
+    EmptyRow.ABSORBED: "uniform",
+}
 
 #: Queries in a block, for the estimate of the pairs that are touched.
 BLOCK = 64
@@ -39,7 +48,9 @@ class StreamingKernel:
             return f"q, k and v are {', '.join(sorted(map(str, dtypes)))}: wanted one floating dtype"
         if not 1 <= site.sizes.d <= WIDEST or site.sizes.dv > WIDEST:
             return f"D = {site.sizes.d}, Dv = {site.sizes.dv}: wanted 1 to {WIDEST}"
-        if site.spec.sink_logits and site.spec.empty_row is EmptyRow.UNIFORM:
+        if site.gradient and site.spec.empty_row is EmptyRow.ABSORBED:
+            return "rows without keys pass no gradient on, and here they have to: add -inf instead of a finite number"
+        if site.spec.sink_logits and site.spec.empty_row in MEANS:
             return "with learned sinks a row without keys is zero, not the mean of the values"
         return None
 
@@ -65,7 +76,7 @@ class StreamingKernel:
             sinks=form.sinks,
             prefix=form.prefix,
             softcap=spec.softcap,
-            empty_row="nan" if spec.empty_row is EmptyRow.NEVER else spec.empty_row.value,
+            empty_row=_EMPTY_ROWS[spec.empty_row],
         )
         return o
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import mutants_more  # noqa: F401 - more operators
 import torch
 from graphs import aten_graph
 from hypothesis import given
@@ -21,7 +22,7 @@ def test_writes_in_place_anywhere_leave_the_result_as_it_is(name: str, count: in
     graph = aten_graph(PROGRAMS[name].attend, *inputs)
     try:
         for _ in range(count):
-            mutate(graph, "write_in_place", lambda n: int(torch.randint(n, ())))
+            mutate(graph, "mutation", lambda n: int(torch.randint(n, ())))
         wanted = copy.deepcopy(graph)(*(x.clone() for x in inputs))
     except (NoPlace, RuntimeError):
         return

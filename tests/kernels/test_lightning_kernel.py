@@ -30,6 +30,8 @@ SPECS = [
     linear(mask=CAUSAL, normaliser=Normaliser(eps=1e-6)),
     linear(mask=FULL, normaliser=Normaliser(floor=1.0), heads=Heads(4), scale=0.1),
     linear(mask=CAUSAL, decay=Decay.PER_HEAD, normaliser=Normaliser(floor=2.0), heads=Heads(2)),
+    linear(mask=CAUSAL, decay=Decay.PER_TOKEN, normaliser=Normaliser(floor=0.5, signed=True)),
+    linear(mask=CAUSAL, decay=Decay.PER_HEAD, normaliser=Normaliser(floor=1.0, detached=True)),
     linear(mask=CAUSAL & PADDING, decay=Decay.PER_HEAD),
     linear(mask=PADDING, normaliser=Normaliser(eps=0.1)),
 ]

@@ -80,6 +80,14 @@ def test_a_sink_logit_joins_each_denominator() -> None:
     torch.testing.assert_close(with_sink, KERNEL.run(AttentionSpec("softmax"), held) * share[..., None])
 
 
+def test_a_sink_logit_of_each_query_joins_its_denominator() -> None:
+    held = operands() | {"sink_logits": torch.randn(2, 2, 5).double()}
+    with_sink = KERNEL.run(AttentionSpec("softmax", sink_logits=True, sink_per_query=True), held)
+    logits = held["q"] @ held["k"].mT
+    share = torch.sigmoid(logits.logsumexp(-1) - held["sink_logits"])
+    torch.testing.assert_close(with_sink, KERNEL.run(AttentionSpec("softmax"), held) * share[..., None])
+
+
 @pytest.mark.parametrize("decay", list(Decay))
 def test_linear_attention_is_its_recurrence(decay: Decay) -> None:
     held = operands(sq=6)

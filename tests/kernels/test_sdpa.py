@@ -72,6 +72,67 @@ def test_gradients_are_those_of_the_definition(mask: Mask) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("per_query", [False, True], ids=["per head", "per query"])
+@given(
+    sq=st.integers(1, 9), sk=st.integers(1, 9), share=st.sampled_from([1, 3]), biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+def test_learned_sinks_are_stated_exactly(
+    mask: Mask, sq: int, sk: int, share: int, biased: bool, dtype: torch.dtype, *, per_query: bool
+) -> None:
+    held = operands(sq, sk, share, dtype)
+    held["sink_logits"] = torch.randn((2, 2 * share, sq) if per_query else (2 * share,)).to(dtype)
+    spec = AttentionSpec(
+        "softmax", 0.3, Heads(share), mask, EmptyRow.ZERO, bias=("bias",) if biased else (),
+        sink_logits=True, sink_per_query=per_query,
+    )  # fmt: skip
+    exact = REFERENCE.run(spec, widened(held))
+    assert_same(KERNEL.run(spec, held), exact, REFERENCE.run(spec, held))
+
+
+@pytest.mark.parametrize("mask", [FULL, Causal(), Opaque("mask")], ids=str)
+@pytest.mark.parametrize("scale", [0.3, -0.5, 0.0])
+def test_gradients_reach_the_sinks(mask: Mask, scale: float) -> None:
+    held = operands(6, 6, 1, torch.float64) | {"sink_logits": torch.randn(2).double()}
+    spec = AttentionSpec("softmax", scale, mask=mask, empty_row=EmptyRow.ZERO, sink_logits=True)
+    names = ("q", "k", "v", "sink_logits")
+    found = []
+    for kernel in (KERNEL, REFERENCE):
+        leaves = [held[name].clone().requires_grad_() for name in names]
+        out = kernel.run(spec, held | dict(zip(names, leaves, strict=True)))
+        found.append(torch.autograd.grad(out.sin().sum(), leaves))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_dropout_leaves_out_weights_and_keeps_the_mean() -> None:
+    held = operands(6, 9, 1, torch.float32)
+    held["v"] = torch.eye(9).expand(2, 2, 9, 9)  # the output is the weights
+    out = KERNEL.run(AttentionSpec("softmax", 0.3, dropout=0.5), held)
+    weights = REFERENCE.run(AttentionSpec("softmax", 0.3), held)
+    kept = out != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(out[kept], 2 * weights[kept])
+
+
+def test_sinks_cost_a_dense_mask_and_copies_of_the_keys() -> None:
+    metas = {name: TensorMeta((1, 4, 256, 64), torch.float32, torch.device("cpu")) for name in "qkv"}
+    metas["sink_logits"] = TensorMeta((4,), torch.float32, torch.device("cpu"))
+    plain, sinks = (
+        KERNEL.cost(SiteMeta(AttentionSpec("softmax", mask=Causal(), sink_logits=there), metas))
+        for there in (False, True)
+    )
+    assert sinks.bytes > plain.bytes
+    assert sinks.flops == 2 * plain.flops
+
+
+def test_the_mean_of_all_values_under_dropout_is_refused() -> None:
+    metas = {name: TensorMeta((1, 4, 8, 8), torch.float32, torch.device("cpu")) for name in "qkv"}
+    spec = AttentionSpec("softmax", mask=KeyPadding("padding"), empty_row=EmptyRow.UNIFORM, dropout=0.1)
+    assert "with dropout" in (KERNEL.refuse(SiteMeta(spec, metas)) or "")
+
+
 def test_a_plain_causal_mask_costs_half_and_needs_no_tensor() -> None:
     metas = {name: TensorMeta((1, 4, 256, 64), torch.float32, torch.device("cpu")) for name in "qkv"}
     full, causal = (KERNEL.cost(SiteMeta(AttentionSpec("softmax", mask=m), metas)) for m in (FULL, Causal()))

@@ -6,7 +6,7 @@ from graphs import aten_graph, shadow_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnopt.passes.constants import MAX_DEPTH, constant
+from attnopt.passes.constants import MAX_DEPTH, constant, uniform
 
 X = torch.ones(2, 3)
 
@@ -106,3 +106,31 @@ def test_a_chain_too_long_for_a_scale_is_given_up():
 
     assert number(negated(2)) == 2.0
     assert number(negated(MAX_DEPTH + 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (lambda x: -9e15 * torch.ones_like(x), -9e15),
+        (lambda x: torch.full_like(x, -torch.inf), -torch.inf),
+        (lambda x: torch.zeros(2, 3).to(x.dtype).expand(4, 2, 3) + 2, 2.0),
+        (lambda x: x.new_full((3,), 0.5).unsqueeze(0), 0.5),
+        (lambda x: torch.full((2,), 0.0).reciprocal(), None),
+        (lambda x: x * 0.0, None),
+        (lambda x: torch.arange(3), None),
+    ],
+)
+def test_a_tensor_that_holds_one_number_everywhere_is_that_number(function, want):
+    node = shadow_of(function, X).module.graph.output_node().args[0][-1]
+    assert uniform(node) == (None if want is None else float(torch.tensor(want)))
+
+
+def test_a_constant_that_is_written_to_is_none():
+    def function(x):
+        held = torch.full((2,), 3.0)
+        held[0] = 1.0
+        return x.sum() * held.clone()
+
+    graph = shadow_of(function, X).module.graph
+    (node,) = (n for n in graph.nodes if n.target == torch.ops.aten.full.default)
+    assert uniform(node) is None

@@ -8,7 +8,7 @@ from graphs import aten_graph, nodes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnopt.passes.contraction import contraction, label_down, label_up, other_operand
+from attnopt.passes.contraction import contraction, label_down, label_up, other_operand, summed_product
 from attnopt.passes.layout import Space
 
 SIZES = dict(zip("abcdefG", (2, 3, 4, 2, 3, 5, 2), strict=True))
@@ -133,8 +133,48 @@ def test_matmul_multiplies_the_last_two_dimensions(name):
     assert_means(torch.matmul, *(torch.randn(shape, dtype=torch.float64) for shape in PRODUCTS[name]))
 
 
-def test_a_vector_is_no_operand():
+def test_a_vector_that_is_an_input_is_no_operand():
     assert form_of(torch.matmul, torch.ones(2, 3), torch.ones(3)) is None
+    assert form_of(lambda x, y: torch.matmul(x, y.exp()), torch.ones(2, 3), torch.ones(3)) is not None
+
+
+def test_a_layer_is_no_product_but_one_with_a_computed_tensor_is():
+    inputs = torch.ones(2, 5, 3), torch.ones(4, 3)
+    assert form_of(torch.nn.functional.linear, *inputs) is None
+    assert form_of(lambda x, w: torch.nn.functional.linear(x, w.view(4, 3).clone()), *inputs) is None
+    form = form_of(lambda x, w: torch.nn.functional.linear(x, w.exp()), *inputs)
+    assert (form.out_letters, form.contracted) == (("l0", "l1", "n"), ("c",))
+
+
+OTHER_PRODUCTS = {
+    "inner": (torch.inner, (2, 3, 4), (5, 4)),
+    "tensordot": (lambda x, y: torch.tensordot(x, y, dims=([2, 0], [0, 1])), (2, 3, 4), (4, 2, 5)),
+    "vecdot": (torch.linalg.vecdot, (2, 3, 1, 4), (2, 1, 5, 4)),
+    "vecdot along another dimension": (lambda x, y: torch.linalg.vecdot(x, y, dim=1), (2, 4, 5), (2, 4, 5)),
+    "out": (lambda x, y: torch.bmm(x, y, out=torch.empty(2, 3, 5, dtype=x.dtype)), (2, 3, 4), (2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_PRODUCTS))
+def test_other_products_mean_what_torch_computes(name):
+    function, left, right = OTHER_PRODUCTS[name]
+    assert_means(function, *(torch.randn(shape, dtype=torch.float64) for shape in (left, right)))
+
+
+@pytest.mark.parametrize(
+    ("function", "is_product"),
+    [
+        (lambda x, y: (x[:, :, None] * y[:, None]).sum(-1), True),
+        (lambda x, y: (x[:, :, None] * y[:, None]).sum((-1, 0)), True),
+        (lambda x, y: (x[:, :, None] * y[:, None]).sum(-1, keepdim=True), False),
+        (lambda x, y: (x[:, :, None] + y[:, None]).sum(-1), False),
+        (lambda x, y: (x[:, :, None] * y[:, None]).sum(), False),
+    ],
+)
+def test_a_product_by_broadcasting_is_one_where_dimensions_vanish(function, is_product):
+    inputs = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    node = aten_graph(function, *inputs).graph.output_node().args[0]
+    assert (summed_product(node) is not None) is is_product
 
 
 def test_labels_agree_upwards_and_downwards():

@@ -1,12 +1,14 @@
-"""Laws of torch's fused operators: their attention is reported as refused, never missed, and they run as they are."""
+"""Laws of torch's fused operators: the attention inside is read through their expansions, or reported as refused."""
 
 import pytest
 import torch
 from compiling import compiled, reports_after
-from graphs import nodes_of, reject_of, shadow_of
+from graphs import dynamo_graphs, nodes_of, reject_of, shadow_of
 
 import attnopt
-from attnopt.passes.fused import RULE
+from attnopt.options import Options
+from attnopt.passes.fused import RULE, multi_head_attention
+from attnopt.pipeline import optimise
 from attnopt.rule import Reject
 
 E, S = 16, 6
@@ -14,9 +16,9 @@ LAYER = torch.ops.aten._transformer_encoder_layer_fwd.default
 HEADS = torch.ops.aten._native_multi_head_attention.default
 
 
-def encoder_layer():
+def encoder_layer(**options):
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(E, 4, 32, batch_first=True).eval()
+    layer = torch.nn.TransformerEncoderLayer(E, 4, 32, batch_first=True, **options).eval()
     return layer.requires_grad_(False)
 
 
@@ -57,11 +59,57 @@ def report_of(layer):
     return reports_after(before)
 
 
-def test_an_encoder_layer_without_gradients_is_reported_as_refused():
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_encoder_layer_without_gradients_is_spelled_out_and_rewritten(norm_first, activation):
+    layer = encoder_layer(norm_first=norm_first, activation=activation)
     with torch.no_grad():
-        (site,) = report_of(encoder_layer()).attention
-    assert (site.verdict, site.nearest_rule) == ("refused", "fused")
-    assert "_transformer_encoder_layer_fwd" in site.reason
+        (site,) = report_of(layer).attention
+    assert site.verdict == "rewritten", site.reason
+    assert site.error <= 1e-9
+
+
+@pytest.mark.parametrize("kind", ["padding", "causal", "both"])
+def test_an_expansion_computes_what_the_operator_computes(kind):
+    padding = torch.zeros(2, S, dtype=torch.bool)
+    padding[0, 4:] = True
+    causal = torch.ones(S, S, dtype=torch.bool).triu(1)
+    mask, mask_type = {
+        "padding": (padding, 1),
+        "causal": (causal, 0),
+        "both": ((causal | padding[:, None, None]).expand(2, 4, S, S), 2),
+    }[kind]
+    x, *weights = multi_head_inputs()
+    with torch.no_grad():
+        wanted = torch._native_multi_head_attention(x, x, x, E, 4, *weights, mask=mask, mask_type=mask_type)
+    got = multi_head_attention(x, x, x, E, 4, *weights, mask=mask, mask_type=mask_type)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operator_gives_way_to_its_expansion_layer_by_layer():
+    encoder = (
+        torch.nn.TransformerEncoder(encoder_layer(), 3, enable_nested_tensor=False)
+        .eval()
+        .requires_grad_(False)
+    )
+    with torch.no_grad():
+        (module,) = dynamo_graphs(encoder, torch.randn(2, S, E))
+        outcome = optimise(module, Options(), gradient=False)
+    assert [site.verdict for site in outcome.sites] == ["rewritten"] * 3
+    assert nodes_of(module, torch._transformer_encoder_layer_fwd) == []
+
+
+def test_weights_that_are_averaged_and_returned_leave_the_operator_as_it_is():
+    def both(x, *weights):
+        return torch._native_multi_head_attention(x, x, x, E, 4, *weights)
+
+    with torch.no_grad():
+        before = attnopt.reports()
+        compiled(both)(*multi_head_inputs())
+    (site,) = reports_after(before).attention
+    assert site.verdict == "kept"
+    assert "so they must be computed anyway" in site.reason
 
 
 def test_an_encoder_layer_with_gradients_is_read():

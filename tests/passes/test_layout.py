@@ -4,6 +4,7 @@ from itertools import pairwise
 from math import prod
 
 import pytest
+import sympy
 import torch
 from graphs import aten_graph, nodes_of
 from hypothesis import given
@@ -168,3 +169,15 @@ def test_a_permutation_says_where_each_dimension_came_from(name):
 def test_only_what_changes_no_element_is_a_copy(function, same):
     *_, node = (n for n in aten_graph(function, elements((2, 3))).graph.nodes if n.op == "call_function")
     assert is_copy(node) is same
+
+
+def test_what_sizes_do_not_tell_the_number_of_elements_does():
+    n = sympy.Symbol("n", positive=True, integer=True)
+    space = Space()
+    whole, last = space.fresh(n), space.fresh(7)
+    cut, rest, kept = regroup(space, whole + last, (sympy.floor(n / 3), sympy.floor(n / 5), 7), view_node())
+    assert space.leaves(whole) == cut + rest
+    assert kept == last
+    assert regroup(space, cut + rest + last, (n, 1, 7), view_node()) == (cut + rest, (), last)
+    with pytest.raises(Reject, match="size does not tell"):
+        regroup(space, space.fresh(n) + space.fresh(n + 1), (sympy.floor(n / 3), 5, n), view_node())

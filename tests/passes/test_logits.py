@@ -70,10 +70,16 @@ def test_added_minus_infinity_is_a_mask() -> None:
     assert (spec.mask, spec.bias, spec.empty_row) == (Causal(), (), EmptyRow.NEVER)
 
 
-def test_a_fill_that_still_weighs_is_refused() -> None:
-    assert (
-        "still weighs" in reject_of(attention(lambda s, keep: padded(s, keep, -100.0)), Q, K, V, KEEP).reason
+def test_a_fill_that_still_weighs_is_refused_where_it_hides_pairs_and_a_bias_where_it_hides_keys() -> None:
+    pairs = attention(lambda s, keep: s.masked_fill(future(), -100.0))
+    assert "still weighs" in reject_of(pairs, Q, K, V, KEEP).reason
+    keys = attention(lambda s, keep: padded(s, keep, -100.0))
+    assert (site_of(keys, Q, K, V, KEEP).spec.mask, site_of(keys, Q, K, V, KEEP).spec.bias) == (
+        FULL,
+        ("bias",),
     )
+    (site,) = check_like_eager(keys, (Q, K, V, KEEP), differentiable=3).attention
+    assert site.verdict == "rewritten"
 
 
 def test_two_masks_of_unknown_form_keep_names_of_their_own() -> None:
@@ -87,3 +93,50 @@ def test_two_masks_of_unknown_form_keep_names_of_their_own() -> None:
     assert all(isinstance(part, Opaque) for part in spec.mask.parts)  # type: ignore[attr-defined]
     (site,) = check_like_eager(attend, (Q, K, V, one, other)).attention
     assert site.verdict == "rewritten"
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def lowered(scores: Tensor, keep: Tensor) -> Tensor:
+    """The lowest number added where a key is padding."""
+    return scores + torch.where(keep[:, None, None, :], 0.0, LOWEST)
+
+
+def test_the_lowest_number_lets_gradients_pass_where_it_is_added_and_not_where_it_is_filled_in() -> None:
+    added = site_of(attention(lowered), Q, K, V, KEEP).spec
+    filled = site_of(attention(lambda s, keep: padded(s, keep, LOWEST)), Q, K, V, KEEP).spec
+    assert (added.empty_row, filled.empty_row) == (EmptyRow.ABSORBED, EmptyRow.UNIFORM)
+    for attend in (attention(lowered), attention(lambda s, keep: padded(s, keep, LOWEST))):
+        (site,) = check_like_eager(attend, (Q, K, V, KEEP), differentiable=3).attention
+        assert site.verdict == "rewritten"
+
+
+def test_a_fill_that_is_hidden_once_more_outside_of_it_is_a_mask() -> None:
+    def attend(scores: Tensor, keep: Tensor) -> Tensor:
+        seen = ~future() & keep[:, None, None, :]
+        return scores.masked_fill(future(), LOWEST) + torch.where(seen, 0.0, LOWEST)
+
+    site = site_of(attention(attend), Q, K, V, KEEP)
+    assert (site.spec.mask, site.spec.bias, site.spec.empty_row) == (Causal(), ("bias",), EmptyRow.NEVER)
+    assert "other gradients" in site.forward_only
+    with torch.no_grad():
+        (report,) = check_like_eager(attention(attend), (Q, K, V, KEEP)).attention
+    assert report.verdict == "rewritten"
+    (report,) = check_like_eager(attention(attend), (Q, K, V, KEEP), differentiable=3).attention
+    assert report.verdict == "refused"
+
+
+@pytest.mark.parametrize("inner", [torch.ones(7, 7, dtype=torch.bool).triu(2), torch.rand(7, 7) > 0.5])
+def test_a_fill_that_is_not_hidden_once_more_is_refused(inner: Tensor) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        return lowered((q @ k.transpose(-2, -1)).masked_fill(hidden, LOWEST), keep).softmax(-1) @ v
+
+    assert "mix several fill values" in reject_of(attend, Q, K, V, KEEP, inner).reason
+
+
+@pytest.mark.parametrize("fill", [-1e9, -1e11])
+def test_a_finite_number_that_a_whole_row_gets_leaves_outputs_and_gradients_alone(fill: float) -> None:
+    attend = attention(lambda s, keep: s + (1.0 - keep[:, None, None, :].float()) * fill)
+    (site,) = check_like_eager(attend, (Q, K, V, KEEP), differentiable=3).attention
+    assert (site.verdict, site.spec) == ("rewritten", "softmax scale=1 full bias")

@@ -24,7 +24,7 @@ from attnopt.passes.mask_algebra import algebra_for, may_have_empty_rows, with_i
 from attnopt.passes.mask_bounds import POSITIONS, Bounds
 from attnopt.passes.mask_formula import Logic
 
-B, H, I, J = POSITIONS.values()
+B, H, I, J = (POSITIONS[role] for role in ("b", "h", "i", "j"))
 S, T = (sympy.Symbol(name, integer=True, positive=True) for name in ("s", "t"))
 
 

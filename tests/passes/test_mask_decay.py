@@ -6,7 +6,8 @@ import pytest
 import torch
 from mask_trace import inputs_of, results, roles_of, run, trace
 
-from attnopt.passes.mask_decay import Const, Log, Negative, Read, Times, read_decay
+from attnopt.passes.linear_coefficient import Const, Log, Negative, Read, Times
+from attnopt.passes.mask_decay import read_decay
 from attnopt.passes.sizes import shape_of
 
 B, H, S = 2, 3, 6

@@ -10,7 +10,7 @@ from attnopt.passes.mask_formula import FALSE, TRUE, AtMostZero, Data, Fact, Not
 from attnopt.passes.mask_reader import MAX_DEPTH, as_condition, as_numbers, broadcast, index_of
 from attnopt.passes.mask_rules import reader_for
 
-B, H, I, J = POSITIONS.values()
+B, H, I, J = (POSITIONS[role] for role in ("b", "h", "i", "j"))
 SIZES = {"b": 2, "h": 3, "i": 4, "j": 5}
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 

@@ -122,7 +122,7 @@ UNKNOWN = {
     "cumsum of data": lambda x: (x == 1).cumsum(0),
     "second difference": lambda x: torch.diff(torch.arange(N), n=2),
     "literal without form": lambda x: torch.tensor([1, 5, 2]) + 0,
-    "literal with a hole": lambda x: torch.tensor([[1, 0], [0, 1]]) == 1,
+    "literal with a hole": lambda x: torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 1]]) == 1,
 }
 
 

@@ -86,8 +86,9 @@ def assert_true_reading(case: Case, reading, node: Node, values: dict, sq: int, 
     made = values[node]
     where = made == 0 if case.kind == "additive" else ~made if case.kind == "hidden" else made
     visible = reading.visible if isinstance(reading, AdditiveReading) else reading
-    claimed, actual = torch.broadcast_tensors(dense(visible, values, sq, sk), where)
-    assert torch.equal(claimed, actual), f"{case.name} at {sq} x {sk}: read as {visible.mask}"
+    for words in (visible.mask, *visible.otherwise):
+        claimed, actual = torch.broadcast_tensors(dense(visible, values, sq, sk, words), where)
+        assert torch.equal(claimed, actual), f"{case.name} at {sq} x {sk}: read as {words}"
     if isinstance(reading, AdditiveReading):
         assert (made[made != 0] == reading.fill).all(), f"{case.name}: fill {reading.fill}"
 
@@ -130,8 +131,9 @@ def test_any_program_is_read_as_it_computes(rng, sq, sk, depth, dynamic):
     (node,) = results(module)
     reading = read("visible", node, module)
     values = run(module, *given_inputs)
-    claimed, actual = torch.broadcast_tensors(dense(reading, values, sq, sk), values[node])
-    assert torch.equal(claimed, actual)
+    for words in (reading.mask, *reading.otherwise):
+        claimed, actual = torch.broadcast_tensors(dense(reading, values, sq, sk, words), values[node])
+        assert torch.equal(claimed, actual), words
     sizes = sizes_of(module)
     sees_a_key = not reading.leaves and not may_have_empty_rows(reading.mask, sizes["i"], sizes["j"])
     assert actual.any(-1).all() or not sees_a_key

@@ -85,3 +85,16 @@ def test_equal_sites_have_one_normal_form_and_others_another() -> None:
     forms = [normal_form(Replay.of(shadow, site), site) for site in sites(shadow)]
     assert len(forms) == 3
     assert forms[0] == forms[1] != forms[2]
+
+
+def test_sites_that_differ_in_a_number_that_the_program_holds_have_different_forms() -> None:
+    def attend_with(table: Tensor) -> str:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ((q @ k.transpose(-2, -1)) * torch.tensor(table.tolist())).softmax(-1) @ v
+
+        shadow = shadow_of(attend, *draw(SHORT))
+        (site,) = sites(shadow)
+        return normal_form(Replay.of(shadow, site), site)
+
+    one, same, other = (attend_with(torch.tensor(x)) for x in (0.5, 0.5, 0.25))
+    assert one == same != other

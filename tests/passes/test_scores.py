@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from compiling import check_like_eager
-from graphs import reject_of, site_of
+from graphs import found_in, reject_of, site_of
 from torch import Tensor
 
 from attnopt.mask import Causal
@@ -67,11 +67,18 @@ def test_a_bias_inside_a_cap_is_refused() -> None:
     assert "a bias inside a soft cap" in reject.reason
 
 
-def test_a_tensor_scales_the_queries_unless_a_bias_stands_inside() -> None:
+def test_a_tensor_scales_the_queries_and_what_is_added_inside() -> None:
     scale = torch.rand(3, 1, 1)
     assert site_of(attention(lambda s, t: s * t), Q, K, V, scale).spec.bias == ()
-    inside = reject_of(attention(lambda s, t, bias: (s + bias) * t), Q, K, V, scale, BIAS)
-    assert "a bias inside a scale that is a tensor" in inside.reason
+    site = site_of(attention(lambda s, t, bias: (s + bias) / t), Q, K, V, scale, BIAS)
+    bias = site.operands["bias"]
+    assert isinstance(bias, Operand)
+    assert [factor.inverse for factor in bias.times] == [True]
+
+
+def test_a_mask_inside_a_scale_of_unknown_sign_is_refused() -> None:
+    reject = reject_of(attention(lambda s, t: hidden(s) * t), Q, K, V, torch.rand(3, 1, 1))
+    assert "a mask inside a scale that is a tensor" in reject.reason
 
 
 @pytest.mark.parametrize(
@@ -87,9 +94,33 @@ def test_what_is_no_scale_is_refused(change: Callable[[Tensor], Tensor], reason:
     assert reason in reject_of(attention(change), Q, K, V).reason
 
 
-def test_an_inner_value_that_is_also_used_elsewhere_is_refused() -> None:
+def test_other_uses_of_an_inner_value_do_not_matter_to_the_reading() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-2, -1)
         return (scores * 0.5).softmax(-1) @ v, scores.sum()
 
-    assert "is also used by" in reject_of(attend, Q, K, V).reason
+    assert site_of(attend, Q, K, V).spec.scale == pytest.approx(0.5)
+    check_like_eager(attend, (Q, K, V), differentiable=3)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_write_to_an_inner_value_through_a_view_is_seen(*, late: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1)
+        first = scores[..., 0]
+        scaled = scores * 0.5 if late else scores.view(2, 3, 7, 7)
+        first.fill_(-5.0)
+        return scaled.softmax(-1) @ v
+
+    assert "written to in place" in reject_of(attend, Q, K, V).reason
+    check_like_eager(attend, (Q, K, V))
+
+
+def test_a_graph_that_forks_again_and_again_is_read_in_the_time_of_its_nodes() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1)
+        for _ in range(40):
+            scores = scores * 0.5 + scores.tanh()
+        return scores.softmax(-1) @ v
+
+    assert len(found_in(attend, Q, K, V)) == 1

@@ -81,12 +81,44 @@ def test_a_scale_is_taken_as_it_is(scale):
     check(function, tensors())
 
 
-def test_dropout_is_refused_and_no_dropout_is_not():
-    def function(p):
-        return lambda q, k, v: sdpa(q, k, v, dropout_p=p)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_dropout_is_part_of_the_spec(p):
+    def function(q, k, v):
+        return sdpa(q, k, v, dropout_p=p)
 
-    assert reject_of(function(0.25), *tensors()).reason == "dropout 0.25 on the attention weights"
-    assert site_of(function(0.0), *tensors()).spec.dropout == 0.0
+    assert site_of(function, *tensors()).spec.dropout == p
+
+
+def test_a_call_whose_backend_was_chosen_is_read_alike():
+    def chosen(q, k, v):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=0.5)[0]
+
+    q, k, v = torch.randn(3, 2, 4, SQ, D).unbind()
+    site = site_of(chosen, q, k, v)
+    assert str(site.spec) == "softmax scale=0.5 causal"
+    check_like_eager(chosen, (q, k, v))
+
+
+def test_a_log_sum_that_is_used_too_and_an_unknown_alignment_are_refused():
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def both(q, k, v):
+        out, total = flash(q, k, v)
+        return out, total
+
+    def unaligned(q, k, v):
+        return flash(q, k, v, 0.0, True)[0]
+
+    q, k, v = torch.randn(3, 2, 4, SQ, D).unbind()
+    assert "something else than the output" in reject_of(both, q, k, v).reason
+    assert "aligns a causal mask" in reject_of(unaligned, q, k[:, :, 1:], v[:, :, 1:]).reason
+
+
+def test_dropout_of_everything_is_refused():
+    def function(q, k, v):
+        return sdpa(q, k, v, dropout_p=1.0)
+
+    assert reject_of(function, *tensors()).reason == "dropout 1 on the attention weights leaves nothing"
 
 
 def test_a_single_key_is_refused():

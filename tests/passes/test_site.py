@@ -4,6 +4,7 @@ from math import prod
 
 import pytest
 import torch
+from compiling import check_like_eager
 from graphs import reject_of, site_of
 
 B, H, KV, SQ, SK, D, DV = 2, 6, 3, 5, 7, 4, 8
@@ -105,18 +106,42 @@ def test_a_copy_that_is_written_to_is_not_taken_for_the_original():
         held[:, :, 0] = 0.0
         return attend(held, k, v)
 
+    assert site_of(function, *tensors(Q, K, V)).operands["q"].node.target == torch.ops.aten.clone.default
+    check_like_eager(function, tensors(Q, K, V))
+
+
+def test_an_operand_that_is_written_to_between_two_reads_is_refused():
+    def function(q, k, v):
+        held = q * 1
+        first = (held @ k.mT).softmax(-1)
+        held[:, :, 0] = 0.0
+        return first @ v + held.sum()
+
     reject = reject_of(function, *tensors(Q, K, V))
     assert reject.reason == "q is written to in place before the attention uses it"
 
 
-@pytest.mark.parametrize("where", ["scores", "weights"])
-def test_an_inner_value_that_is_returned_is_refused(where):
+@pytest.mark.parametrize(("where", "needless"), [("scores", False), ("weights", True)])
+def test_weights_that_are_returned_make_a_call_needless_and_scores_do_not(where, needless):
     def function(q, k, v):
         scores = q @ k.mT * 0.5
         weights = scores.softmax(-1)
         return weights @ v, {"scores": scores, "weights": weights}[where]
 
-    assert reject_of(function, *tensors(Q, K, V)).reason.endswith("returned by the graph")
+    site = site_of(function, *tensors(Q, K, V))
+    assert bool(site.needless) is needless
+
+
+def test_keys_and_values_repeated_along_different_axes_are_heads_of_their_own():
+    def function(q, k, v):
+        return attend(q, k.repeat_interleave(2, dim=1), v.repeat(1, 2, 1, 1))
+
+    roles = site_of(function, *tensors((B, 6, SQ, D), (B, 3, SK, D), (B, 3, SK, DV))).result.roles
+    assert (prod(a.size for a in roles.batch), prod(a.size for a in roles.kv_heads), roles.share) == (
+        B,
+        6,
+        (),
+    )
 
 
 def test_factors_of_q_and_of_k_are_one_scale():

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 from compiling import check_like_eager
-from graphs import reject_of
+from graphs import nodes_of, reject_of, shadow_of, site_of
 from torch import Tensor
 from torch.nn.functional import dropout
+
+from attnopt.passes.layout import Space
+from attnopt.passes.sizes import shape_of
+from attnopt.passes.weights import Change, read_weights
 
 Q, K, V = torch.randn(3, 2, 3, 5, 4).unbind()
 
@@ -27,6 +31,28 @@ def used_twice(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return w @ v, w.sum(-2)
 
 
+@pytest.mark.parametrize("attend", [returned, used_twice])
+def test_weights_that_are_needed_elsewhere_are_read_and_named(attend: Callable[..., Any]) -> None:
+    site = site_of(attend, Q, K, V)
+    assert "so they must be computed anyway" in site.needless
+
+
+@pytest.mark.parametrize(
+    ("attend", "change"),
+    [
+        (lambda q, k, v: (weights(q, k) * 2.0 / 4.0) @ v, Change(factor=0.5)),
+        (lambda q, k, v: dropout(weights(q, k), 0.1) @ v, Change(dropout=0.1)),
+        (lambda q, k, v: weights(q, k).nan_to_num() @ v, Change(zeroed=True)),
+    ],
+)
+def test_what_becomes_of_the_weights_is_noted(attend: Callable[..., Tensor], change: Change) -> None:
+    shadow = shadow_of(attend, Q, K, V)
+    (softmax,) = nodes_of(shadow.module, torch.ops.aten.softmax.int)
+    space = Space()
+    dims = tuple(space.fresh(size) for size in shape_of(softmax))
+    assert read_weights(space, shadow, softmax, dims, dims[-1]).change == change
+
+
 def times_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     w = weights(q, k)
     return w @ w + v.sum()
@@ -35,9 +61,12 @@ def times_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("attend", "reason"),
     [
-        (lambda q, k, v: dropout(weights(q, k), 0.1) @ v, "dropout 0.1 on the attention weights"),
-        (returned, "the attention weights are returned"),
-        (used_twice, "used 2 times"),
+        (
+            lambda q, k, v: dropout(dropout(weights(q, k), 0.1), 0.1) @ v,
+            "dropout twice on the attention weights",
+        ),
+        (lambda q, k, v: weights(q, k).sum() + v.sum(), "is not understood"),
+        (lambda q, k, v: (weights(q, k), v.sum())[0], "returned by the graph, and weighs no values"),
         (times_itself, "the softmax is multiplied by itself"),
         (lambda q, k, v: weights(q, k).transpose(-2, -1) @ v, "does not sum over"),
         (lambda q, k, v: weights(q, k).square() @ v, "is not understood"),

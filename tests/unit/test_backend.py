@@ -117,14 +117,16 @@ def test_a_mode_is_refused() -> None:
         attnopt.backend.attnopt(None, [], mode="max-autotune")
 
 
-def returned_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    weights = torch.softmax(q @ k.transpose(-1, -2), -1)
-    return weights @ v, weights
+def mixed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax((q @ k.transpose(-1, -2)).cumsum(-1).tan(), -1)
+    return weights @ v
 
 
 def test_strict_names_the_line_and_the_reason() -> None:
-    with pytest.raises(Exception, match=r"test_backend.py:\d+: .*weights.*returned by the graph") as caught:
-        compiled(returned_weights, strict=True)(*inputs())
+    with pytest.raises(
+        Exception, match=r"test_backend.py:\d+: .*weights.*aten::tan between .* is not understood"
+    ) as caught:
+        compiled(mixed_scores, strict=True)(*inputs())
     assert isinstance(
         caught.value.__cause__ or getattr(caught.value, "inner_exception", None) or caught.value, Exception
     )
@@ -253,4 +255,4 @@ def test_threads_may_compile_at_once() -> None:
 
 def test_strict_errors_are_typed() -> None:
     with pytest.raises(StrictError, match="1 attention site"):
-        attnopt.explain(returned_weights, *inputs(), options={"strict": True})
+        attnopt.explain(mixed_scores, *inputs(), options={"strict": True})

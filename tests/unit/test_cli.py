@@ -40,8 +40,7 @@ class Plain(nn.Module):
 
 class Odd(nn.Module):
     def forward(self, x):
-        scores = torch.softmax(x @ x.transpose(-1, -2) + (x @ x.transpose(-1, -2)).cumsum(-1).tan(), -1)
-        return torch.nn.functional.dropout(scores, 0.5, True) @ x
+        return torch.softmax((x @ x.transpose(-1, -2)).cumsum(-1).tan(), -1) @ x
 
 X = torch.linspace(-2, 2, 2 * 12 * 16).reshape(1, 2, 12, 16)
 def attention(): return Attention().eval(), (X,)
@@ -151,6 +150,18 @@ class TestExplain:
         assert "models.py:10" in done.stdout
         assert "2 of 2 attention sites rewritten" in done.stdout
 
+    @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("130", 130), ("500", 160), ("20", 72)])
+    def test_the_table_is_as_wide_as_the_terminal(self, columns: str, width: int) -> None:
+        done = run("explain", "models.py:attention", env={"COLUMNS": columns})
+        assert max(map(len, done.stdout.splitlines())) == width
+
+    def test_a_site_left_alone_comes_with_what_would_help(self) -> None:
+        done = run("explain", "models.py:odd")
+        assert "refused: aten::tan between Q K^T and the softmax is not understood" in done.stdout
+        assert "what would help: spell the step plainly, or call" in done.stdout
+        (site,) = json.loads(run("explain", "models.py:odd", "--json").stdout)["sites"]
+        assert site["advice"].endswith("scaled_dot_product_attention here")
+
     def test_flags_variables_and_defaults_are_one(self) -> None:
         done = run("explain", "models.py:plain", "--json", "--window", "7", env={"ATTNOPT_SINKS": "3"})
         options = json.loads(done.stdout)["options"]
@@ -203,7 +214,8 @@ class TestReport:
     @pytest.mark.parametrize("name", ["out.pt2.report.json", "out.pt2"])
     def test_it_prints_a_saved_report(self, saved: Path, name: str) -> None:
         done = run("report", name)
-        assert done.stdout == "graph breaks:\n  here\n\nno attention found; 1 graph break; 0.0 s\n"
+        title = "graph breaks (an attention that spans one cannot be found)"
+        assert done.stdout == f"{title}:\n  here\n\nno attention found; 1 graph break; 0.0 s\n"
 
     def test_it_writes_a_page(self, saved: Path, folder: Path) -> None:
         done = run("report", "out.pt2", "--html", "out.html")

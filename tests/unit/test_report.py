@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from attnopt.errors import MissingError, ReportError
 from attnopt.report import Family, GraphReport, Report, SiteReport, Verdict, merge
-from attnopt.report_text import WIDTH, fold_paths
+from attnopt.report_groups import fold_paths
+from attnopt.report_text import WIDTH
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,7 +141,10 @@ class TestText:
 
     def test_waivers_and_graph_breaks_are_told(self) -> None:
         assert "warnings:\n  one mask was taken as causal on your word" in str(FULL)
-        assert "graph breaks:\n  a branch on data at model.py:31" in str(FULL)
+        assert (
+            "graph breaks (an attention that spans one cannot be found):\n  a branch on data at model.py:31"
+            in str(FULL)
+        )
         assert "1 graph break; 2.0 s" in str(FULL)
 
     def test_a_nan_among_the_errors_is_the_worst(self) -> None:
@@ -171,7 +175,9 @@ class TestText:
             (["", ""], ""),
             (["x", "y", "z"], "x ... z"),
             (["a.0.1", "a.1.2"], "a.0.1 ... a.1.2"),
-            (["a0b", "a1"], "a0b ... a1"),
+            (["a.0.1", "a.0.2", "a.1.1", "a.1.2"], "a.{0-1}.{1-2}"),
+            (["e.0.x", "e.1.x", "d.0.y", "d.1.y"], "e.{0-1}.x, d.{0-1}.y"),
+            (["a0b", "a1"], "a0b, a1"),
         ],
     )
     def test_paths_fold_where_one_number_differs(self, paths: list[str], folded: str) -> None:

@@ -27,8 +27,11 @@ CHANGES = {
     "bias": (("bias", "bias1"), "bias x2"),
     "softcap": (30.0, "softcap=30"),
     "sink_logits": (True, "sink logits"),
+    "sink_per_query": (True, "per query"),
     "decay": (Decay.PER_TOKEN, "decay per token"),
     "normaliser": (Normaliser(floor=1.0), "normalised(eps=0, floor=1.0)"),
+    "initial_state": (True, "initial state"),
+    "final_state": (True, "final state"),
     "dropout": (0.25, "dropout=0.25"),
     "sparse": (Sparse(8, 16, 4), "sparq(r=8, k=16, l=4)"),
 }

@@ -1,0 +1,47 @@
+"""What hides keys at a site: each source as it was read, and all of them together."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from attnopt.mask import FULL, Mask
+from attnopt.passes.site import Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """One source of hidden keys: a mask, its tensors, and the value that hidden logits get.
+
+    passes: gradients reach the scores under it, since the value was added to them; halves: half of them do.
+    """
+
+    mask: Mask
+    operands: Mapping[str, Operand]
+    fill: float
+    passes: bool = False
+    halves: bool = False
+    otherwise: "tuple[Hidden, ...]" = ()  # the same, with less proven and more read from tensors
+
+
+def together(hidden: Iterable[Hidden]) -> tuple[Mask, dict[str, Operand]]:
+    """The keys that no source hides, and the tensors of all sources."""
+    operands: dict[str, Operand] = {}
+    mask: Mask = FULL
+    for source in hidden:
+        names = {name: _unused(name, operands) for name in source.operands}
+        operands |= {names[name]: operand for name, operand in source.operands.items()}
+        mask = mask & source.mask.renamed(names)
+    return mask, operands
+
+
+def visible_in(masks: Iterable[Mask]) -> Mask:
+    """The keys that all of them leave visible."""
+    result: Mask = FULL
+    for mask in masks:
+        result = result & mask
+    return result
+
+
+def _unused(name: str, taken: Mapping[str, object]) -> str:
+    stem = name.rstrip("0123456789")
+    candidates = (name, *(f"{stem}{n}" for n in range(1, len(taken) + 2)))
+    return next(candidate for candidate in candidates if candidate not in taken)

@@ -1,0 +1,204 @@
+"""What has to be known of a graph to find unrolled loops and chunked forms in it: one walk over all nodes.
+
+Dynamo unrolls Python loops, so a recurrence arrives as a few hundred products, additions and views. They all are
+arithmetic on tensors, and what stands around a loop (projections, activations, norms, softmax) is not; that is
+how a loop is told from what surrounds it.
+"""
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from attnopt.passes.layout import CASTS, COPIES, EXPANDS, RESHAPES, permutation
+from attnopt.passes.mask_writes import arguments, operation, written_by
+from attnopt.shadow import Shadow
+
+#: Views that take a part out of a dimension.
+TAKES = frozenset(
+    {
+        "slice", "select", "narrow", "split", "split_with_sizes", "unbind", "chunk", "tensor_split", "unsafe_split",
+        "unsafe_chunk", "getitem", "index_select",
+    }
+)  # fmt: skip
+#: Products that sum over an index.
+CONTRACTIONS = frozenset({"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "mv", "dot", "outer", "ger"})
+#: Tensors made of nothing but numbers.
+MADE = frozenset(
+    {
+        "zeros", "ones", "full", "arange", "eye", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
+        "zeros_like", "ones_like", "full_like", "empty_like", "scalar_tensor", "linspace", "tril_indices",
+        "triu_indices",
+    }
+)  # fmt: skip
+COMPARES = frozenset(
+    {"lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not", "bitwise_not"}
+)
+#: Element by element; each a smooth function wherever it is finite.
+SMOOTH = frozenset(
+    {
+        "add", "sub", "rsub", "mul", "div", "neg", "exp", "exp2", "pow", "sum", "cumsum", "masked_fill", "where",
+        "tril", "triu", "cat", "stack", "constant_pad_nd", "pad", "copy", "zero", "fill", "repeat",
+        "repeat_interleave", "flip", "addcmul", "multiply", "divide", "subtract", "reciprocal", "cumprod", "log",
+        "diff", "roll", "concat", "hstack", "vstack",
+    }
+)  # fmt: skip
+#: Part of known recurrences, but with corners: no finite number of trials says what they compute.
+CORNERED = frozenset({"maximum", "minimum", "max", "clamp", "clamp_min", "clamp_max", "abs"})
+
+_VIEWS = RESHAPES | COPIES | EXPANDS | CASTS
+
+
+def name_of(node: Node) -> str:
+    """The operation; also that of an element taken out of a list of tensors."""
+    return "getitem" if node.target is operator.getitem else operation(node)
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node hands all elements of its first argument on: a reshape, a permutation, a copy, a cast."""
+    return node.op == "call_function" and (node.target in _VIEWS or permutation(node) is not None)
+
+
+def is_arithmetic(node: Node) -> bool:
+    """Whether a loop may contain the node."""
+    if node.op != "call_function":
+        return False
+    name = name_of(node)
+    known = name in TAKES or name in SMOOTH or name in MADE or name in COMPARES or name in CORNERED
+    return known or is_view(node) or (name in CONTRACTIONS and not is_projection(node))
+
+
+def is_projection(node: Node) -> bool:
+    """A product with a matrix that comes into the graph as it is: a linear layer."""
+    return any(_is_matrix(x) for x in node.all_input_nodes)
+
+
+def _is_matrix(node: Node) -> bool:
+    while node.op == "call_function" and node.all_input_nodes and is_view(node):
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return node.op in ("placeholder", "get_attr") and isinstance(value, Tensor) and value.dim() <= 2
+
+
+def is_outer(node: Node) -> bool:
+    """A product of two tensors each of which is spread along a dimension of the other."""
+    if name_of(node) not in ("mul", "multiply"):
+        return False
+    values = [x.meta.get("val") if isinstance(x, Node) else None for x in node.args[:2]]
+    if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+        return False
+    shapes = [tuple(v.shape) for v in values if v is not None]
+    rank = max(map(len, shapes))
+    left, right = ((1,) * (rank - len(s)) + s for s in shapes)
+    spread = [(a == 1) - (b == 1) for a, b in zip(left, right, strict=True)]
+    return 1 in spread and -1 in spread and min(map(len, shapes)) > 1
+
+
+def is_product(node: Node) -> bool:
+    """Whether the node multiplies tensors with each other over an index, or spreads them into an outer product."""
+    return (
+        (name_of(node) in CONTRACTIONS and not is_projection(node))
+        or is_outer(node)
+        or _is_sum_of_products(node)
+    )
+
+
+def _is_sum_of_products(node: Node) -> bool:
+    """(a * b).sum(), with a or b spread along a dimension."""
+    if name_of(node) != "sum" or not isinstance(node.args[0], Node):
+        return False
+    inner = node.args[0]
+    if name_of(inner) not in ("mul", "multiply") or is_outer(inner):
+        return False
+    values = [x.meta.get("val") if isinstance(x, Node) else None for x in inner.args[:2]]
+    shapes = [v.shape for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1]
+    return len(shapes) == 2 and shapes[0] != shapes[1]
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node makes a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def is_number(node: Node) -> bool:
+    """Whether the node makes a size, or what is computed of sizes."""
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def storage(node: Node) -> int | None:
+    """The memory of the node's value, as a number."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+@dataclass(slots=True)
+class Facts:
+    """depth: arithmetic node -> products on the longest way up to it. writes: memory -> the nodes that write to it.
+
+    deep: memory -> the depth of what was written into it. makers: memory -> the first node that has it. constant: nodes
+    made of numbers. products: nodes that multiply tensors of which none is.
+    """
+
+    depth: dict[Node, int] = field(default_factory=dict)
+    writes: dict[int, list[Node]] = field(default_factory=lambda: defaultdict(list))
+    deep: dict[int, int] = field(default_factory=dict)
+    makers: dict[int, Node] = field(default_factory=dict)
+    constant: set[Node] = field(default_factory=set)
+    products: set[Node] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, shadow: Shadow) -> "Facts":
+        """One walk over the graph."""
+        facts = cls()
+        for node in shadow.nodes:
+            if node.op == "call_function" and (node in shadow.live) and is_arithmetic(node):
+                facts._meet(node)
+        return facts
+
+    def _meet(self, node: Node) -> None:
+        if all(n in self.constant or is_number(n) for n in node.all_input_nodes):
+            self.constant.add(node)
+        given = sum(is_float(n) and n not in self.constant for n in node.all_input_nodes)
+        if is_product(node) and (given > 1 or name_of(node) == "sum"):
+            self.products.add(node)
+        depth = max((self.depth_of(n) for n in node.all_input_nodes), default=0) + (node in self.products)
+        if depth and name_of(node) == "pow":
+            return  # a power of products is the beginning of a norm, not part of a recurrence
+        self.depth[node] = depth
+        held = storage(node)
+        target = written_by(node)
+        if target is not None and (memory := storage(target)) is not None:
+            self.writes[memory].append(node)
+            self.deep[memory] = max(self.deep.get(memory, 0), depth)
+        elif held is not None:
+            self.makers.setdefault(held, node)
+
+    def depth_of(self, node: Node) -> int:
+        """Products above a value, writes to its memory included."""
+        held = storage(node)
+        return max(self.depth.get(node, 0), self.deep.get(held, 0) if held is not None else 0)
+
+    def writes_to(self, node: Node) -> list[Node]:
+        """The nodes that write to the memory of `node`."""
+        held = storage(node)
+        return self.writes.get(held, []) if held is not None else []
+
+
+def taken_dim(node: Node) -> int | None:
+    """The dimension that a slice, select or split takes apart; None if it keeps all of it, or is something else."""
+    name = name_of(node)
+    if name not in TAKES or name == "getitem" or not node.all_input_nodes:
+        return None
+    source = node.all_input_nodes[0]
+    value = source.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    dim = int(arguments(node).get("dim", 0)) % max(value.dim(), 1)
+    made = node.meta.get("val")
+    if name == "slice" and isinstance(made, Tensor) and made.shape[dim] == value.shape[dim]:
+        return None
+    return dim

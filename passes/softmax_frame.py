@@ -1,0 +1,139 @@
+"""What surrounds Q K^T and V in a site: masks, what empty rows return, sinks, what the output is multiplied by."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import isfinite
+
+import torch
+from torch.fx import Node
+
+from attnopt.mask import FULL, Mask
+from attnopt.passes.layout import Dims, Space
+from attnopt.passes.logits import Logits, LogitsReader
+from attnopt.passes.site import Filled, Operand, Result, Roles, peel
+from attnopt.passes.softmax_form import Sink
+from attnopt.passes.softmax_nodes import same_value
+from attnopt.passes.terms import Fill, Scores
+from attnopt.passes.weights import Change
+from attnopt.rule import Reject
+from attnopt.spec import MEANS, EmptyRow
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where a site sits: the rule, the root with its dimensions, those of the weights, the key axis, inner nodes.
+
+    given: what the call says of its mask without a tensor. change: what becomes of the weights. sharp: as in `Form`.
+    after: the inner nodes from the weights on.
+    """
+
+    rule: str
+    root: Node
+    out: Dims
+    weights: Dims
+    key: tuple[object, ...]
+    interior: frozenset[Node]
+    given: Mask = FULL
+    change: Change = field(default_factory=Change)
+    sink: Sink | None = None
+    sharp: bool = False
+    after: frozenset[Node] = frozenset()
+
+
+#: exp() of this or less is 0, in fp64 too.
+_VANISHING = -1000.0
+
+
+def _weighs_nothing(reader: LogitsReader, frame: Frame, fill: Fill) -> bool:
+    """Whether a filled score is a weight of 0 in every row: without a shift, or beside a sink that is always seen."""
+    if frame.sharp:
+        return fill.value <= _VANISHING
+    return frame.sink is not None and reader.is_hiding(fill)
+
+
+def read_logits(reader: LogitsReader, scores: Scores, frame: Frame) -> Logits:
+    """Masks and biases, and what a row without keys returns in the end."""
+    change = frame.change
+    fills = [replace(f, value=-torch.inf) if _weighs_nothing(reader, frame, f) else f for f in scores.fills]
+    safe = reader.safe or change.zeroed or frame.sink is not None
+    logits = replace(reader, safe=safe, sinks=frame.sink is not None).read(fills, scores.terms)
+    for name, operand in logits.operands.items():
+        if (
+            not name.startswith(("bias", "query_ids", "key_ids"))
+            and operand.node.meta["val"].dtype != torch.bool
+        ):
+            raise Reject(
+                "a mask holds numbers that are not proven to be 0 and 1", operand.node, len(scores.path)
+            )
+    if frame.sink is not None and logits.empty_row is not EmptyRow.NEVER:
+        logits = replace(logits, empty_row=EmptyRow.ZERO)
+    if frame.sharp and logits.empty_row in MEANS:
+        logits = replace(logits, empty_row=EmptyRow.NAN)
+    for again, absolute in ((change.hidden, True), (change.multiplied, False)):
+        if again:
+            logits = _masked_again(reader, logits, again, absolute=absolute)
+    return logits
+
+
+def _masked_again(reader: LogitsReader, logits: Logits, again: Iterable[Fill], *, absolute: bool) -> Logits:
+    """The weights set to 0 (`absolute`), or times 0, where the scores hid them before: only empty rows notice."""
+    fills = list(again)
+    try:
+        found = replace(reader, given=FULL).read([replace(f, value=-torch.inf) for f in fills], ())
+    except Reject as reject:
+        raise Reject(
+            f"the weights are masked by a tensor that varies along the keys ({reject.reason})",
+            fills[0].node,
+            9,
+        ) from None
+    names = found.mask.operand_names()
+    alike = all(_is_alike(found.operands[name], logits.operands.get(name)) for name in names)
+    if not alike or logits.mask & found.mask != logits.mask:
+        raise Reject(
+            "the weights are masked after the softmax by something else than what masked the scores before it",
+            fills[0].node,
+            9,
+        )
+    becomes_zero = logits.empty_row in MEANS or (absolute and logits.empty_row is EmptyRow.NAN)
+    if not becomes_zero:
+        return logits
+    if found.mask != logits.mask:
+        raise Reject("rows without keys keep some of their weights after the softmax", fills[0].node, 9)
+    return replace(logits, empty_row=EmptyRow.ZERO)
+
+
+def _is_alike(one: Operand, other: Operand | None) -> bool:
+    """Whether two operands hold the same, if perhaps computed twice."""
+    return other is not None and replace(one, node=other.node) == other and same_value(one.node, other.node)
+
+
+def read_sink(space: Space, roles: Roles, sink: Sink, shift: float) -> Operand | Filled:
+    """The operand sink_logits: (H,), or (B, H, Sq) where it varies along more than the heads."""
+    if sink.term is None:
+        return Filled(sink.value - shift, (roles.heads,))
+    if shift != 0:
+        raise Reject("a number is added to the scores but not to the sinks beside them", sink.term.node, 9)
+    node, dims, factor = peel(space, sink.term.node, sink.term.dims)
+    held = {a for axes in dims for a in axes}
+    if held - {*roles.batch, *roles.heads, *roles.query}:
+        raise Reject("the sinks vary along something other than batch, heads and queries", node, 9)
+    layout = None if held <= {*roles.heads} else (roles.batch, roles.heads, roles.query)
+    return Operand(node, dims, factor * sink.term.factor, layout=layout)
+
+
+def read_result(space: Space, roles: Roles, frame: Frame) -> Result:
+    """The root's layout, and what the weights were multiplied by: the output is, instead."""
+    change = frame.change
+    if not isfinite(change.factor):
+        raise Reject(f"the weights are multiplied by {change.factor}", frame.root, 9)
+    rows = {*roles.batch, *roles.heads, *roles.query}
+    kept = tuple(
+        Operand(f.node, space.resolve(f.dims), negated=f.hides, function="keep") for f in change.kept
+    )
+    times = tuple(Operand(t.node, space.resolve(t.dims), inverse=t.inverse) for t in change.times)
+    for part in (*times, *kept):
+        if {a for axes in part.dims for a in axes} - rows:
+            raise Reject("the weights are multiplied by a tensor that varies along the keys", part.node, 9)
+    return Result(
+        roles, space.resolve(frame.out), frame.root.meta["val"].dtype, change.factor, (*times, *kept)
+    )
