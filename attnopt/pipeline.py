@@ -190,7 +190,7 @@ def describe(site: Site, *, gradient: bool) -> SiteMeta:
     device = emit.leaves(site)[0].meta["val"].device
     metas = {name: TensorMeta(tuple(t.shape), t.dtype, device) for name, t in held.items()}
     otherwise = tuple(describe(other, gradient=gradient) for other in site.otherwise)
-    return SiteMeta(site.spec, metas, gradient, otherwise)
+    return SiteMeta(site.spec, metas, gradient, otherwise, library=site.rule == "sdpa")
 
 
 def _hinted(value: Any) -> Any:

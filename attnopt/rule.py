@@ -49,6 +49,9 @@ class SiteMeta:
     operands: Mapping[str, TensorMeta]
     gradient: bool = False  # whether autograd will go through the site
     otherwise: "tuple[SiteMeta, ...]" = ()  # the same site with less proven of its mask and more read from tensors
+    library: bool = (
+        False  # whether the graph calls scaled_dot_product_attention: its gradients are that call's
+    )
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 from attnopt.mask import FULL, Mask
 from attnopt.passes.site import Operand
 
+#: Blockwise backward passes work from the logarithm of each row's sum, and cannot where that is a sum of such numbers.
+LOST_IN_SUMS = (
+    "a row that finite numbers hide altogether would get other gradients; "
+    "hide keys with -inf, or by a single mask"
+)
+SWAMPED = (
+    "numbers that hide keys are multiplied by a tensor, whose gradient they would swamp with their rounding; "
+    "hide keys after the multiplication, or with -inf"
+)
+HALVED = (
+    "torch.max halves the gradients of rows that a finite number hides altogether, which no kernel does; "
+    "leave it out"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Hidden:

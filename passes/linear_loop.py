@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.linear_loop_constants import check_constants
 from attnopt.passes.linear_loop_decay import Found, differing_head, find, measure
 from attnopt.passes.linear_loop_probe import Draw, Trial, patterns, run
 from attnopt.passes.linear_loop_reading import Reading, moved, normal_form
@@ -35,7 +36,8 @@ from attnopt.passes.linear_loop_tables import Table, tables_of
 from attnopt.passes.mask_writes import arguments
 from attnopt.passes.reroll import Candidate, candidates, regions
 from attnopt.passes.reroll_cut import Region
-from attnopt.passes.reroll_facts import CORNERED, is_view, name_of
+from attnopt.passes.reroll_facts import CORNERED, is_view
+from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.sizes import hint, shape_of
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
@@ -126,7 +128,8 @@ Known = dict[str, "Reading | Reject"]
 
 def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
     """The site of one region; `known`: what equal ones were read as. Raises Reject."""
-    _check_smooth(region)
+    if not region.leaks:
+        _check_smooth(region)
     _check_size(region)
     tables = tuple(tables_of(shadow, region.leaves))
     key, order = normal_form(region, tables)
@@ -134,7 +137,7 @@ def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
         known[key] = _read_and_try(region, tables)
     found = known[key]
     if isinstance(found, Reject):
-        raise Reject(found.reason, region.root, found.depth)
+        raise Reject(found.reason, region.leaks[0] if region.leaks else region.root, found.depth)
     _, theirs = normal_form(found.region, found.tables)
     return build(moved(found, region, tables, dict(zip(theirs, order, strict=True))))
 
@@ -143,6 +146,7 @@ def _read_and_try(region: Region, tables: tuple[Table, ...]) -> "Reading | Rejec
     try:
         with torch.inference_mode(mode=False), torch.enable_grad():
             reading = _read_roles(region, tables)
+        check_constants(region)
         check_trials(reading, build(reading))
     except Reject as reject:
         return reject
@@ -154,6 +158,8 @@ def _read_and_try(region: Region, tables: tuple[Table, ...]) -> "Reading | Rejec
 def _read_roles(region: Region, tables: tuple[Table, ...]) -> Reading:
     trial = run(region, tables, Draw(10), gradients=True)
     cast = cast_of(region, trial, tables)
+    if region.leaks:
+        raise Reject("several inner values of the loop are used outside it", region.root, SURE)
     labels = label(region, cast, differing_head(region, cast, trial))
     measured = measure(region, trial, cast, labels)
     decay = find(region, trial, cast, labels, measured.steps, _decay_candidates(region, cast, tables))

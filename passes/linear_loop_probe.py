@@ -17,7 +17,7 @@ from torch.fx import Node
 from attnopt.passes.linear_loop_tables import Table
 from attnopt.passes.replay import evaluate
 from attnopt.passes.reroll_cut import Region
-from attnopt.passes.reroll_facts import name_of
+from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.sizes import Concrete, hint
 from attnopt.rule import Reject
 

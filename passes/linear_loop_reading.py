@@ -36,7 +36,12 @@ def normal_form(region: Region, tables: Sequence[Table]) -> tuple[str, tuple[Nod
     lines = [f"{number[n]}: {_shown(n, number)}" for n in inside]
     held = [f"{number[n]}: {_meta(n)}" for n in entering]
     formulas = [(number[t.node], number[t.base], t.slopes, t.start, t.sign, t.cut) for t in tables]
-    ends = (number[region.root], None if region.state is None else number[region.state], region.dim)
+    ends = (
+        number[region.root],
+        None if region.state is None else number[region.state],
+        region.dim,
+        bool(region.leaks),
+    )
     return "\n".join([str(ends), str(formulas), *held, *lines]), order
 
 

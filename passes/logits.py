@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.mask import FULL, Mask, Opaque
-from attnopt.passes.hidden import Hidden, together, visible_in
+from attnopt.passes.hidden import HALVED, LOST_IN_SUMS, SWAMPED, Hidden, together, visible_in
 from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.masks import MaskReading, Role, may_have_empty_rows, read_additive, read_visible
 from attnopt.passes.scores_factors import faint
@@ -21,16 +21,6 @@ from attnopt.spec import EmptyRow
 ABSORBING = -1e30
 #: A finite fill at or below this leaves nothing of a score that is added to it even in fp64.
 LOST = -1e12
-
-#: Blockwise backward passes work from the logarithm of each row's sum, and cannot where that is a sum of such numbers.
-LOST_GRADIENTS = (
-    "a row that finite numbers hide altogether would get other gradients; "
-    "hide keys with -inf, or by a single mask"
-)
-HALVED_GRADIENTS = (
-    "torch.max halves the gradients of rows that a finite number hides altogether, which no kernel does; "
-    "leave it out"
-)
 
 #: Stand for dimensions that are no role, or only part of one.
 MIXED: tuple[Role, ...] = ("x", "y")
@@ -93,18 +83,20 @@ class LogitsReader:
         added = [hidden for _, hidden in read if hidden is not None]
         inside = [(term, self._fill_inside(term)) for term, hidden in read if hidden is None]
         biases = [*given, *(self._finite_bias(term, fill) for term, fill in inside)]
-        empty = self._empty_row(filled, added, biased=bool(biases))
+        over = bool(given) or self._lies_over(fills, terms)
+        empty = self._empty_row(filled, added, biased=bool(biases), over=over)
         if empty is not None and all(fill == -torch.inf for _, fill in inside):
             return self._combine([*filled, *added], biases, empty)
         # An added finite number that a row without visible keys would notice stays what it is: a bias.
         finite = [(term, hidden) for term, hidden in read if hidden is not None and hidden.fill != -torch.inf]
         kept = [hidden for hidden in added if hidden.fill == -torch.inf]
         biases += [self._finite_bias(term, hidden.fill) for term, hidden in finite]
-        low = [hidden.fill for _, hidden in finite] + [fill for _, fill in inside]
-        lost = LOST_GRADIENTS if any(-torch.inf < fill <= LOST for fill in low) else ""
+        scaled = any(fill != -torch.inf for _, fill in inside)
+        low = any(-torch.inf < hidden.fill <= LOST for _, hidden in finite)
+        lost = SWAMPED if scaled else LOST_IN_SUMS if low else ""
         if not kept and self._is_outermost(fills, filled, finite):
             return replace(self._combine(filled, biases, EmptyRow.NEVER), forward_only=lost)
-        empty = self._empty_row(filled, kept, biased=bool(biases))
+        empty = self._empty_row(filled, kept, biased=bool(biases), over=over)
         if empty is None:
             raise Reject("rows that see no key would mix several fill values; one mask, or -inf, would not")
         return replace(self._combine([*filled, *kept], biases, empty), forward_only=lost)
@@ -184,14 +176,20 @@ class LogitsReader:
         )
         return replace(first, otherwise=tuple(others))
 
-    def _empty_row(self, filled: list[Hidden], added: list[Hidden], *, biased: bool) -> EmptyRow | None:
+    def _lies_over(self, fills: Sequence[Fill], terms: Sequence[Term]) -> bool:
+        """Whether something is added to what a mask fills: then a row that it fills whole is not all one number."""
+        return any(f.at is None or t.at is None or f.at < t.at for f in fills for t in terms)
+
+    def _empty_row(
+        self, filled: list[Hidden], added: list[Hidden], *, biased: bool, over: bool
+    ) -> EmptyRow | None:
         """What an empty row returns; None when no single meaning states it."""
         hidden = [*filled, *added]
         if not self._may_be_empty(visible_in(h.mask for h in hidden)):
             return EmptyRow.ZERO if self.safe and biased else EmptyRow.NEVER
         if all(h.fill == -torch.inf for h in hidden):
             return EmptyRow.ZERO if self.safe else EmptyRow.NAN
-        if len(hidden) != 1 or biased:
+        if len(hidden) != 1 or (biased and (added or over)):
             return None
         if hidden[0].passes:
             return EmptyRow.ABSORBED if hidden[0].fill <= ABSORBING else None
@@ -204,7 +202,7 @@ class LogitsReader:
         bias = tuple(f"bias{n or ''}" for n in range(len(biases)))
         added = dict(zip(bias, biases, strict=True))
         halved = empty is EmptyRow.ABSORBED and any(h.halves for h in hidden)
-        return Logits(mask, empty, bias, operands | added, otherwise, HALVED_GRADIENTS if halved else "")
+        return Logits(mask, empty, bias, operands | added, otherwise, HALVED if halved else "")
 
     def _bias(self, term: Term) -> Operand:
         """What is added, as a number: True counts 1."""

@@ -5,7 +5,7 @@ other formulas. A value is a finite set of cases: leaf -> when it has that leaf;
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, product
 from typing import TypeAlias
@@ -20,6 +20,7 @@ Index = tuple[sympy.Expr, ...]
 
 #: More parts or cases than any mask that people write; what has more stays data.
 MAX_PARTS = 16
+MAX_CALLS = 64  # operations in a number that is left as it is
 
 
 class NotUnderstood(Exception):  # noqa: N818 - never reaches anybody: the tensor stays data
@@ -40,6 +41,13 @@ class Call:
 
     op: str
     args: "tuple[Number, ...]"
+    size: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        size = 1 + sum(arg.size for arg in self.args if isinstance(arg, Call))
+        if size > MAX_CALLS:  # a value that is used again and again doubles it each time
+            raise NotUnderstood
+        object.__setattr__(self, "size", size)
 
 
 #: An integer expression, a number that is no integer (or infinite), or something opaque.

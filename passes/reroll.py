@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from attnopt.passes.reroll_cut import Cut, Region, seen_shape
-from attnopt.passes.reroll_facts import Facts, is_float, is_view, name_of
+from attnopt.passes.reroll_cut import Cut, Region
+from attnopt.passes.reroll_facts import Facts, is_float, is_view
+from attnopt.passes.reroll_sizes import name_of, seen_shape
 from attnopt.passes.sizes import hint
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
@@ -38,6 +39,8 @@ def candidates(shadow: Shadow) -> Iterator[Candidate]:
             continue
         path = list(_ascend(facts, node))
         if path[-1] not in seen:
+            if not seen:
+                facts.look_closer()
             seen.add(path[-1])
             yield Candidate(node, _distinct(path), facts)
 
@@ -87,5 +90,6 @@ def regions(shadow: Shadow, candidate: Candidate) -> list[Region]:
             found += [] if region is None else [region]
     if reasons and not found:
         raise reasons[0]
+    found = [r for r in found if not r.leaks] or found
     likely = sorted(found, key=lambda r: (len(r.leaves), -hint(r.root.meta["val"].shape[r.dim])))
     return likely[:MOST_TRIALS]

@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.buffers import BUFFER
-from attnopt.passes.layout import RESHAPES
 from attnopt.passes.mask_writes import arguments
-from attnopt.passes.reroll_facts import MADE, Facts, is_number, name_of, storage, taken_dim
-from attnopt.passes.reroll_state import last_state
-from attnopt.passes.sizes import hint
+from attnopt.passes.reroll_facts import MADE, Facts, is_number
+from attnopt.passes.reroll_sizes import seen_shape, summed_sizes, taken_dim
+from attnopt.passes.reroll_state import used_outside
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
@@ -27,7 +26,8 @@ MOST_LEAVES = 16
 @dataclass(frozen=True, slots=True)
 class Region:
     """nodes: what is computed between the leaves and the root, in order, constants included. mixed: those that hold
-    parts or sums of sequences. length: of the sequence. state: the last state, where it is used outside.
+    parts or sums of sequences. length: of the sequence. state: the last state, where it is used outside. leaks: inner
+    values that are used outside, where they are more than that.
     """
 
     root: Node
@@ -38,6 +38,7 @@ class Region:
     length: int
     numbers: tuple[Node, ...] = ()  # nodes that hold sizes
     state: Node | None = None
+    leaks: tuple[Node, ...] = ()
 
 
 class Cut:
@@ -53,11 +54,16 @@ class Cut:
 
     def region(self) -> Region | None:
         """None where no sequence is taken apart in this way."""
+        if self.length not in {1, *self.facts.coupled_above(self.root)}:
+            return None  # positions do not meet
         found = self._region([self.root])
         if found is None:
             return None
-        state = last_state(self.shadow, self.facts, found)
-        if state is None or state in found.nodes:
+        ends = used_outside(self.shadow, self.facts, found)
+        if len(ends) != 1:
+            return replace(found, leaks=ends)
+        (state,) = ends
+        if state in found.nodes:
             return replace(found, state=state)
         self.outside.clear()
         self.numbers.clear()
@@ -113,28 +119,31 @@ class Cut:
 
     def _through_nothing(self, node: Node, inside: set[Node]) -> Node:
         """Upwards past slices of everything, of which each turn of a loop has its own."""
-        while node in self.facts.depth and name_of(node) in ("slice", "alias") and taken_dim(node) is None:
+        while node in self.facts.depth and self._name(node) in ("slice", "alias") and taken_dim(node) is None:
             inside.add(node)
             node = node.all_input_nodes[0]
         return node
 
     def _writes(self, node: Node) -> list[Node]:
         """Writes to the memory of `node`, once for all nodes that share it."""
-        held = storage(node)
+        held = self.facts.memory.get(node)
         if held is None or held in self.met:
             return []
         self.met.add(held)
         return self.facts.writes.get(held, [])
 
+    def _name(self, node: Node) -> str:
+        return self.facts.names.get(node, "")
+
     def _widen(self, node: Node) -> None:
         """Padding makes a sequence longer: lengths before and after it count positions alike."""
-        if name_of(node) not in ("constant_pad_nd", "pad", "slice") or self.length == 1:
+        if self._name(node) not in ("constant_pad_nd", "pad", "slice") or self.length == 1:
             return
         before, after = seen_shape(node.all_input_nodes[0]), seen_shape(node)
         at = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
         if len(at) != 1:
             return
-        if name_of(node) == "slice":
+        if self._name(node) == "slice":
             if (
                 self.facts.depth_of(node) > 1
                 and after[at[0]] in self.lengths
@@ -157,30 +166,22 @@ class Cut:
             or not isinstance(source.meta.get("val"), Tensor)
         ):
             return None
-        if self.facts.depth_of(source) > 0 or name_of(source) in ("cumsum", "constant_pad_nd", "pad"):
+        if self.facts.depth_of(source) > 0 or self._name(source) in ("cumsum", "constant_pad_nd", "pad"):
             return None
-        return None if name_of(source) in MADE else source
+        return None if self._name(source) in MADE else source
 
     def _splits(self, node: Node) -> bool:
         """Whether `node` takes apart a dimension that counts positions."""
-        dim = taken_dim(node)
-        if dim is not None:
-            return seen_shape(node.all_input_nodes[0])[dim] in self.lengths
-        if node.target not in RESHAPES:
-            return False
-        before, after = seen_shape(node.all_input_nodes[0]), seen_shape(node)
-        kept = set(_places(after))
-        return len(after) > len(before) and any(
-            size in self.lengths and (rest, size) not in kept for rest, size in _places(before)
-        )
+        sizes = self.facts.taken.get(node)
+        return sizes is not None and not self.lengths.isdisjoint(sizes)
 
     def _mixes(self, node: Node) -> bool:
         """Whether the node makes one position depend on others, or takes positions apart."""
         if node in self.facts.products or self._splits(node) or (self.facts.writes_to(node)):
             return True
-        if name_of(node) == "cumsum":
+        if self._name(node) == "cumsum":
             return self.length == 1 or seen_shape(node)[arguments(node)["dim"]] in self.lengths
-        if name_of(node) in ("constant_pad_nd", "pad"):
+        if self._name(node) in ("constant_pad_nd", "pad"):
             pairs = zip(seen_shape(node), seen_shape(node.all_input_nodes[0]), strict=True)
             return any(a in self.lengths and a != b for a, b in pairs)
         return False
@@ -190,7 +191,7 @@ class Cut:
         found: set[Node] = {n for n in self.outside if begins(n)}
         memory: set[int] = set()
         for node in order:
-            held = storage(node)
+            held = self.facts.memory.get(node)
             if begins(node) or any(n in found for n in node.all_input_nodes) or held in memory:
                 found.add(node)
                 if held is not None and self.facts.writes.get(held):
@@ -221,7 +222,7 @@ class Cut:
         if self._has_no_length(node) or self.length == 1:
             return self.length != 1
         dim = taken_dim(node)
-        return name_of(node) == "slice" and dim is not None and seen_shape(node)[dim] in self.lengths
+        return self._name(node) == "slice" and dim is not None and seen_shape(node)[dim] in self.lengths
 
     def _has_no_length(self, node: Node) -> bool:
         return self.length != 1 and not self.lengths.intersection(seen_shape(node))
@@ -271,27 +272,12 @@ class Cut:
         products = sum(n in self.facts.products for n in nodes)
         if self.length == 1:
             return products > 1 and len(leaves) > 3
-        parts = any(self._splits(n) or name_of(n) in ("cumsum", "copy") for n in nodes)
-        return (
-            (parts and products >= 1) or products > 2 or (products > 1 and any(map(self._is_buffer, leaves)))
-        )
+        if any(self._splits(n) or self._name(n) in ("cumsum", "copy") for n in nodes):
+            return products >= 1
+        several = products > 2 or (products > 1 and any(map(self._is_buffer, leaves)))
+        return several and any(self.lengths & summed_sizes(n) for n in nodes)
 
     def _is_buffer(self, node: Node) -> bool:
         """Whether a module holds the tensor: it may be a table of decays, whose values say more than the graph."""
         original = self.shadow.value_of.get(node)
         return node.op == "placeholder" and original is not None and BUFFER in original.meta
-
-
-def seen_shape(node: Node) -> tuple[int, ...]:
-    """The sizes of a tensor, symbolic ones as seen while tracing; equal lengths have many symbolic forms."""
-    return tuple(hint(size) for size in node.meta["val"].shape)
-
-
-def _places(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """Each dimension with the product of those behind it."""
-    places: list[tuple[int, int]] = []
-    rest = 1
-    for size in reversed(shape):
-        places.append((rest, size))
-        rest = rest * size
-    return places

@@ -5,7 +5,6 @@ arithmetic on tensors, and what stands around a loop (projections, activations, 
 how a loop is told from what surrounds it.
 """
 
-import operator
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -14,18 +13,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.layout import CASTS, COPIES, EXPANDS, RESHAPES, permutation
-from attnopt.passes.mask_writes import arguments, operation, written_by
+from attnopt.passes.mask_writes import written_by
+from attnopt.passes.reroll_sizes import CONTRACTIONS, TAKES, coupled_sizes, name_of, taken_sizes
 from attnopt.shadow import Shadow
 
-#: Views that take a part out of a dimension.
-TAKES = frozenset(
-    {
-        "slice", "select", "narrow", "split", "split_with_sizes", "unbind", "chunk", "tensor_split", "unsafe_split",
-        "unsafe_chunk", "getitem", "index_select",
-    }
-)  # fmt: skip
-#: Products that sum over an index.
-CONTRACTIONS = frozenset({"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "mv", "dot", "outer", "ger"})
 #: Tensors made of nothing but numbers.
 MADE = frozenset(
     {
@@ -50,11 +41,6 @@ SMOOTH = frozenset(
 CORNERED = frozenset({"maximum", "minimum", "max", "clamp", "clamp_min", "clamp_max", "abs"})
 
 _VIEWS = RESHAPES | COPIES | EXPANDS | CASTS
-
-
-def name_of(node: Node) -> str:
-    """The operation; also that of an element taken out of a list of tensors."""
-    return "getitem" if node.target is operator.getitem else operation(node)
 
 
 def is_view(node: Node) -> bool:
@@ -141,6 +127,10 @@ class Facts:
 
     deep: memory -> the depth of what was written into it. makers: memory -> the first node that has it. constant: nodes
     made of numbers. products: nodes that multiply tensors of which none is.
+
+    After `look_closer`, coupled: arithmetic node -> the sizes along which something above it was summed or taken apart;
+    written: memory -> those of what was written into it; taken: node -> the sizes of what the node itself takes apart,
+    if anything; names and memory: those of arithmetic nodes.
     """
 
     depth: dict[Node, int] = field(default_factory=dict)
@@ -149,6 +139,11 @@ class Facts:
     makers: dict[int, Node] = field(default_factory=dict)
     constant: set[Node] = field(default_factory=set)
     products: set[Node] = field(default_factory=set)
+    coupled: dict[Node, frozenset[int]] = field(default_factory=dict)
+    written: dict[int, frozenset[int]] = field(default_factory=dict)
+    taken: dict[Node, frozenset[int]] = field(default_factory=dict)
+    names: dict[Node, str] = field(default_factory=dict)
+    memory: dict[Node, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, shadow: Shadow) -> "Facts":
@@ -177,6 +172,33 @@ class Facts:
         elif held is not None:
             self.makers.setdefault(held, node)
 
+    def look_closer(self) -> None:
+        """A second walk, for graphs in which there is something to find."""
+        into = {node: memory for memory, nodes in self.writes.items() for node in nodes}
+        for node in self.depth:
+            self.names[node], self.memory[node] = name_of(node), storage(node)
+            if sizes := taken_sizes(node):
+                self.taken[node] = sizes
+            self.coupled[node] = self._coupled(node)
+            if node in into:
+                before = self.written.get(into[node], frozenset())
+                self.written[into[node]] = before | self.coupled[node]
+
+    def _coupled(self, node: Node) -> frozenset[int]:
+        """Nodes mostly have the set of one of their inputs, and share it."""
+        total = frozenset() if node in self.constant else coupled_sizes(node)
+        for source in node.all_input_nodes:
+            above = self.coupled_above(source)
+            total = above if total <= above else total | above
+        return total
+
+    def coupled_above(self, node: Node) -> frozenset[int]:
+        """Sizes along which elements may depend on one another, writes to the node's memory included."""
+        held = storage(node)
+        above = self.coupled.get(node, frozenset())
+        later = self.written.get(held, frozenset()) if held is not None else frozenset()
+        return above | later if later else above
+
     def depth_of(self, node: Node) -> int:
         """Products above a value, writes to its memory included."""
         held = storage(node)
@@ -186,19 +208,3 @@ class Facts:
         """The nodes that write to the memory of `node`."""
         held = storage(node)
         return self.writes.get(held, []) if held is not None else []
-
-
-def taken_dim(node: Node) -> int | None:
-    """The dimension that a slice, select or split takes apart; None if it keeps all of it, or is something else."""
-    name = name_of(node)
-    if name not in TAKES or name == "getitem" or not node.all_input_nodes:
-        return None
-    source = node.all_input_nodes[0]
-    value = source.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    dim = int(arguments(node).get("dim", 0)) % max(value.dim(), 1)
-    made = node.meta.get("val")
-    if name == "slice" and isinstance(made, Tensor) and made.shape[dim] == value.shape[dim]:
-        return None
-    return dim

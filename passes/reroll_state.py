@@ -1,4 +1,4 @@
-"""The last state of a loop: what is computed from its inner values and used outside, beside the root."""
+"""What of a loop is used outside it, beside the root: its last state, as a rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Protocol
 from torch.fx import Node
 
 from attnopt.passes.reroll_facts import Facts, is_number, is_view
-from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
 
@@ -24,8 +23,8 @@ class Inside(Protocol):
     def leaves(self) -> Sequence[Node]: ...
 
 
-def last_state(shadow: Shadow, facts: Facts, region: Inside) -> Node | None:
-    """The one inner value that is used outside; None if there is none. Raises Reject if there are several."""
+def used_outside(shadow: Shadow, facts: Facts, region: Inside) -> tuple[Node, ...]:
+    """What is computed in a region and used outside, beside the root, in order: the last state, if it is one node."""
     return _Ends(shadow, facts, region.root).find(set(region.nodes), set(region.mixed), set(region.leaves))
 
 
@@ -35,8 +34,7 @@ class _Ends:
     facts: Facts
     root: Node
 
-    def find(self, inside: set[Node], mixed: set[Node], leaves: set[Node]) -> Node | None:
-        """What is computed here and used outside, beside the root: the last state. Raises Reject if it is more."""
+    def find(self, inside: set[Node], mixed: set[Node], leaves: set[Node]) -> tuple[Node, ...]:
         followers = self._followers(inside, mixed, leaves)
         known = inside | followers
         exits = [
@@ -44,15 +42,7 @@ class _Ends:
         ]
         tops = {self._top(n, mixed | followers) for n in exits}
         tops.discard(self.root)
-        if len(tops) > 1:
-            first = min(tops, key=self.shadow.order.__getitem__)
-            raise Reject(
-                f"several inner values of the loop are used outside it, {first.name} among them",
-                first,
-                2,
-                frozenset(inside),
-            )
-        return tops.pop() if tops else None
+        return tuple(sorted(tops, key=self.shadow.order.__getitem__))
 
     def _is_used(self, node: Node, known: set[Node]) -> bool:
         return node in self.shadow.results or any(user not in known for user in self.shadow.users(node))

@@ -17,6 +17,15 @@ _BUILT = 8.0
 #: A number at or below this absorbs any score that it is added to.
 ABSORBING = -1e30
 
+#: Rows of a bias whose largest number lies between these magnitudes are taken relative to it before gradients are
+#: computed: from above, what is left of a score is left in fp32 as well; below, nothing is lost.
+FAR, LOST = 64.0, 1e12
+
+LOST_SUMS = (
+    "a bias that comes from data may hold a row of lowest numbers, whose gradients the library computes from a sum "
+    "that they absorb"
+)
+
 
 class SdpaKernel:
     """Softmax attention that `scaled_dot_product_attention` states exactly, served by torch's fused backends."""
@@ -35,7 +44,7 @@ class SdpaKernel:
             return f"dtype {dtype} is not floating point"
         if site.spec.dropout and site.spec.empty_row is EmptyRow.UNIFORM:
             return "with dropout, a row without keys would be the mean of some values only"
-        return None
+        return LOST_SUMS if _may_lose_sums(site) else None
 
     def cost(self, site: SiteMeta) -> Cost:
         """All pairs are computed, half of them under a plain causal mask; a dense mask is read once per head.
@@ -63,6 +72,8 @@ class SdpaKernel:
         mask = _attention_mask(spec, visible, operands)
         if spec.sink_logits:
             k, v, mask = _with_sinks(spec, operands, mask)
+        if mask is not None and spec.bias and torch.is_grad_enabled():
+            mask = _brought_near(mask)
         out = functional.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
@@ -79,6 +90,30 @@ class SdpaKernel:
 def _spoilt(out: Tensor, q: Tensor) -> Tensor:
     """NaN where the query has NaN or infinity, as softmax gives; the library's CPU kernel may give zeros there."""
     return torch.where(q.isfinite().all(-1, keepdim=True), out, float("nan"))
+
+
+def _may_lose_sums(site: SiteMeta) -> bool:
+    """Whether the CPU's blockwise backward pass would follow a bias of which nothing is known.
+
+    Dropout and sinks take the library's pass that keeps the weights. Where the graph makes the very call, its
+    gradients are the library's already. What is the same for all keys of a row is no mask.
+    """
+    spec, flash = site.spec, site.device.type == "cpu" and not site.library
+    hiding = any(site.operands[name].shape[-1] > 1 for name in spec.bias)
+    return site.gradient and flash and hiding and not (spec.dropout or spec.sink_logits)
+
+
+def _brought_near(mask: Tensor) -> Tensor:
+    """The mask less the largest number of each row where that is far from 0, which softmax takes no notice of.
+
+    Blockwise backward passes work from lse = largest + log(sum), which beside -1e9 says nothing of the sum. A row
+    so low that its scores are lost stays as it is: brought near, it would be another row.
+    """
+    if mask.shape[-1] == 0:
+        return mask
+    top = mask.detach().amax(-1, keepdim=True)
+    size = top.abs()
+    return mask - top.where((size > FAR) & (size < LOST), 0.0)
 
 
 def _is_causal_flag(spec: AttentionSpec) -> bool:

@@ -33,8 +33,9 @@ def test_slopes_count_from_the_last_key(kernel: str, sq: int, sk: int) -> None:
 
     inputs = (torch.randn(2, 4, sq, 8), *torch.randn(2, 2, 4, sk, 8), torch.tensor([0.5, 0.25, 0.125, 1.0]))
     for dynamic in (False, True):
-        report = check_like_eager(attend, inputs, allow=(kernel,), dynamic=dynamic)
-        assert kernel == "sdpa" or report.having("rewritten")
+        with torch.no_grad():
+            report = check_like_eager(attend, inputs, allow=(kernel,), dynamic=dynamic)
+        assert report.having("rewritten")
 
 
 @pytest.mark.parametrize("cap", [2.0, 30.0])

@@ -1,6 +1,7 @@
 """torch's own attention states each spec that the kernel takes exactly: row by row against the reference in fp64."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,3 +146,32 @@ def test_integers_are_refused() -> None:
     assert (
         KERNEL.refuse(SiteMeta(AttentionSpec("softmax"), metas)) == "dtype torch.int64 is not floating point"
     )
+
+
+def biased_gradients(kernel: object, dtype: torch.dtype, bias: Tensor, names: str) -> list[Tensor]:
+    made = operands(4, 6, 1, torch.float64) | {"bias": bias}
+    held = {name: made[name].to(dtype) for name in (*"qkv", "bias")}
+    leaves = [held[name].requires_grad_() for name in names.split()]
+    out = kernel.run(AttentionSpec("softmax", 0.3, bias=("bias",)), held)
+    return list(torch.autograd.grad(out.sin().sum(), leaves))
+
+
+@pytest.mark.parametrize("far", [-1e9, -1e5, 1e9, 0.0])
+@pytest.mark.parametrize("names", ["q k v bias", "q k v"])
+def test_a_row_of_large_numbers_keeps_its_gradients(far: float, names: str) -> None:
+    bias = torch.randn(2, 2, 4, 6).round()
+    bias[:, :, 1] = far
+    bias[:, :, 2, :3] = -torch.inf
+    want = biased_gradients(REFERENCE, torch.float64, bias, names)
+    got = biased_gradients(KERNEL, torch.float32, bias.clone(), names)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_from_data_is_refused_where_gradients_would_come_of_absorbed_sums() -> None:
+    metas = {name: TensorMeta((1, 4, 8, 8), torch.float32, torch.device("cpu")) for name in (*"qkv", "bias")}
+    site = SiteMeta(AttentionSpec("softmax", bias=("bias",)), metas, gradient=True)
+    assert "lowest numbers" in (KERNEL.refuse(site) or "")
+    assert KERNEL.refuse(replace(site, gradient=False)) is None
+    assert KERNEL.refuse(replace(site, library=True)) is None
+    assert KERNEL.refuse(replace(site, spec=replace(site.spec, dropout=0.1))) is None

@@ -5,9 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from compiling import check_like_eager
+from graphs import shadow_of
 from loop_spellings import B, C, D, E, H, S, by_head, gates, running_sums, slopes
 from torch import Tensor
 
+from attnopt.passes.reroll import candidates, regions
 from attnopt.report import Report
 
 Attend = Callable[..., Tensor]
@@ -190,3 +192,47 @@ def test_a_factor_that_is_positive_becomes_its_logarithm() -> None:
 
     report = check_like_eager(attend, [*by_head(), torch.randn(B, H, S)], differentiable=4)
     assert [(site.verdict, site.nearest_rule) for site in report.attention] == [("rewritten", "linear loop")]
+
+
+def hyper_connections(x: Tensor, mixed: Tensor, given: Tensor) -> Tensor:
+    """Streams of a residual that are mixed and added to at each layer; x (B, S, streams, D), mixed, given a layer each.
+
+    (Zhu et al. 2024, arXiv:2409.19606, as transformers' deepseek_v4 spells it.)
+    """
+    for matrix, weight in zip(mixed.softmax(-1), given.sigmoid(), strict=True):
+        read = (weight.unsqueeze(-1) * x).sum(2)
+        x = weight.unsqueeze(-1) * torch.tanh(read).unsqueeze(-2) + matrix.mT @ x
+    return x.flatten(2)
+
+
+def alternating_updates(x: Tensor, mixed: Tensor, given: Tensor) -> Tensor:
+    """Streams that predict one another, and are corrected by what one of them became (transformers, gemma3n)."""
+    x = x.permute(2, 0, 1, 3)
+    for matrix, weight in zip(mixed.tanh(), given.tanh(), strict=True):
+        predicted = (x.permute(1, 2, 3, 0) @ matrix).permute(3, 0, 1, 2) + x
+        news = torch.tanh(predicted[0]) - predicted[0]
+        x = news * weight.permute(2, 0, 1).unsqueeze(-1) + predicted
+    return x.sum(0)
+
+
+@pytest.mark.parametrize("streams", [3, D, B])
+@pytest.mark.parametrize("function", [hyper_connections, alternating_updates])
+def test_recurrences_over_layers_have_no_entry(function: Attend, streams: int) -> None:
+    layers = 4
+    inputs = [
+        torch.randn(B, S, streams, D),
+        torch.randn(layers, B, S, streams, streams),
+        torch.randn(layers, B, S, streams),
+    ]
+    report = check_like_eager(function, inputs, differentiable=3)
+    assert [site.reason for site in report.sites if site.family == "linear"] == []
+
+
+def test_sums_of_products_at_each_position_are_not_cut_out() -> None:
+    def layers(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        for _ in range(3):
+            x = (x.unsqueeze(-1) * y.unsqueeze(-2)).sum(-1) + z
+        return x.sum(-1)
+
+    shadow = shadow_of(layers, *(torch.randn(2, S, D) for _ in range(3)))
+    assert [regions(shadow, candidate) for candidate in candidates(shadow)] == [[]]

@@ -7,10 +7,10 @@ import torch
 from compiling import assert_runs_agree, run
 from loop_spellings import slopes
 from torch import Tensor, nn
+from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxForCausalLM
 
 import attnopt
-
-transformers = pytest.importorskip("transformers")
 
 BLOCK = 8
 
@@ -93,9 +93,6 @@ def test_other_slopes_with_their_own_tables_need_no_new_reading(model: Lightning
 
 
 def test_a_model_as_transformers_spells_it() -> None:
-    from transformers.models.minimax.configuration_minimax import MiniMaxConfig
-    from transformers.models.minimax.modeling_minimax import MiniMaxForCausalLM
-
     torch._dynamo.reset()
     config = MiniMaxConfig(
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=4, block_size=8,
