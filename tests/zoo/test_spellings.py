@@ -36,7 +36,9 @@ def subject(model: str) -> Subject:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # how bloom calls its own GELU
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # how bloom calls its own GELU
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("model", ARCHITECTURES)
 def test_every_site_is_rewritten_and_the_results_are_eagers(model: str, mode: Mode) -> None:
