@@ -60,3 +60,19 @@ def test_no_test_is_switched_off() -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(banned)
     ]
     assert found == []
+
+
+def test_no_test_counts_reports() -> None:
+    """The history is bounded: once it is full its length says nothing (use `compiling.reports_after`)."""
+    found = [
+        f"{module.at(node)}: {ast.unparse(node)}"
+        for module in (Module(path) for path in sorted(TESTS.rglob("*.py")))
+        for node in ast.walk(module.tree)
+        if (isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice) and _is_history(node.value))
+        or (isinstance(node, ast.Call) and ast.unparse(node.func) == "len" and _is_history(node.args[0]))
+    ]
+    assert found == []
+
+
+def _is_history(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "reports"

@@ -4,13 +4,14 @@ import warnings
 
 import pytest
 import torch
-from compiling import assert_runs_agree, run
+from compiling import assert_runs_agree, reports_after, run
 from loop_spellings import slopes
 from torch import Tensor, nn
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxForCausalLM
 
 import attnopt
+from attnopt.report import Report
 
 BLOCK = 8
 
@@ -41,8 +42,8 @@ def inputs(length: int = 20) -> list[Tensor]:
     return [torch.randn(2, 3, length, 4) for _ in range(3)]
 
 
-def verdicts(before: int) -> list[str]:
-    return [site.verdict for report in attnopt.reports()[before:] for site in report.attention]
+def verdicts(before: tuple[Report, ...]) -> list[str]:
+    return [site.verdict for site in reports_after(before).attention]
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def model() -> Lightning:
 
 @pytest.mark.parametrize("length", [20, 16, 5])
 def test_tables_are_read(model: Lightning, length: int) -> None:
-    before = len(attnopt.reports())
+    before = attnopt.reports()
     given = inputs(length)
     compiled = torch.compile(model, backend="attnopt", options={"inner": "aot_eager"})
     got = run(compiled, given, 3)
@@ -63,7 +64,7 @@ def test_tables_are_read(model: Lightning, length: int) -> None:
 
 def test_a_table_that_holds_something_else_is_refused() -> None:
     torch._dynamo.reset()
-    before, model, given = len(attnopt.reports()), Lightning(wrong=1.001), inputs()
+    before, model, given = attnopt.reports(), Lightning(wrong=1.001), inputs()
     compiled = torch.compile(model, backend="attnopt", options={"inner": "eager"})
     torch.testing.assert_close(compiled(*given), model(*given))
     assert verdicts(before) == ["refused"]
@@ -98,7 +99,7 @@ def test_a_model_as_transformers_spells_it() -> None:
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=4, block_size=8,
         vocab_size=64, intermediate_size=32, num_local_experts=2,
     )  # fmt: skip
-    model, before = MiniMaxForCausalLM(config).eval(), len(attnopt.reports())
+    model, before = MiniMaxForCausalLM(config).eval(), attnopt.reports()
     ids, mask = torch.randint(0, 64, (2, 20)), torch.ones(2, 20, dtype=torch.long)
     mask[0, :3] = 0
 
@@ -108,5 +109,5 @@ def test_a_model_as_transformers_spells_it() -> None:
     compiled = torch.compile(logits, backend="attnopt", options={"inner": "eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids), logits(ids), rtol=1e-4, atol=1e-5)
-    linear = [s for report in attnopt.reports()[before:] for s in report.attention if s.family == "linear"]
+    linear = [s for s in reports_after(before).attention if s.family == "linear"]
     assert [s.verdict for s in linear] == ["rewritten"] * config.layer_types.count("linear_attention")
