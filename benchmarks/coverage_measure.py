@@ -1,6 +1,7 @@
 """One subject in one mode: independent counts, attnopt's report, the comparison with eager, Inductor's count."""
 
 import copy
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -185,10 +186,14 @@ def _blame(row: Row, held: Prepared, mode: Mode, problem: Exception) -> None:
         row.crashes.append(told)
 
 
+#: Where this machine keeps its packages.
+_PLACE = re.compile(r"/\S*site-packages/")
+
+
 def _note(row: Row, backend: _Counting) -> None:
     sites = [site for report in backend.ran for site in report.sites]
     row.graphs = len(backend.made)
-    row.crashes += [warning[:300] for report in backend.made for warning in report.warnings]
+    row.crashes += [_PLACE.sub("", warning)[:300] for report in backend.made for warning in report.warnings]
     row.verdicts = dict(Counter(s.verdict for s in sites if s.family != "linear"))
     row.linear = dict(Counter(s.verdict for s in sites if s.family == "linear"))
     row.specs = dict(Counter(s.spec for s in sites if s.verdict not in _LEFT))
