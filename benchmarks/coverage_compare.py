@@ -1,9 +1,7 @@
 """Compares a whole model's results with eager's, fp64 being the arbiter (docs/decisions.md, 11).
 
-Through many layers eager is by luck near fp64 in some rows, so a tensor is judged by its worst and its median row,
-each at most FACTOR times eager's, or the rounding of the dtype at the size of the largest row: of the tensor for an
-output, of all gradients for a gradient. Some gradients are zero by symmetry (a softmax does not see the bias of the
-keys) and hold nothing but rounding.
+Through many layers eager is by luck near fp64 in some rows, so a whole model is judged by its worst and its median row,
+each at most FACTOR times eager's, or the rounding of the dtype at the size of the largest row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,22 +37,11 @@ def differences(got: Result, eager: Result, exact: Result | None, dtype: torch.d
     for name, gradient in got.gradients.items():
         plain = eager.gradients[name]
         named[f"gradient of {name}"] = (gradient, plain, exact.gradients.get(name, plain))
-    steepest = max((_largest(gradient) for gradient in exact.gradients.values()), default=0.0)
-    found = []
-    for name, given in named.items():
-        size = steepest if name.startswith("gradient") else _largest(given[2])
-        what = _difference(*given, floor=2.0 ** -BITS[dtype] * size)
-        found += [f"{name} {what}"] if what else []
-    return found
+    found = (_difference(*given, bits=BITS[dtype]) for given in named.values())
+    return [f"{name} {what}" for name, what in zip(named, found, strict=True) if what]
 
 
-def _largest(x: Tensor) -> float:
-    """The norm of the largest finite row."""
-    held = _rows(x.detach().double().nan_to_num(0.0, 0.0, 0.0))
-    return float(held.norm(dim=-1).max()) if held.numel() else 0.0
-
-
-def _difference(got: Tensor, eager: Tensor, exact: Tensor, *, floor: float) -> str:
+def _difference(got: Tensor, eager: Tensor, exact: Tensor, *, bits: int) -> str:
     if got.shape != eager.shape:
         return f"has shape {tuple(got.shape)}, eager's {tuple(eager.shape)}"
     if got.dtype != eager.dtype:
@@ -66,6 +53,7 @@ def _difference(got: Tensor, eager: Tensor, exact: Tensor, *, floor: float) -> s
     known = eager.isfinite() & exact.isfinite()
     got, eager, exact = (_rows(x.where(known, 0.0)) for x in (got, eager, exact))
     error, allowed = (got - exact).norm(dim=-1), (eager - exact).norm(dim=-1)
+    floor = 2.0**-bits * float(exact.norm(dim=-1).max()) if exact.numel() else 0.0
     for name, pick in (("worst", torch.max), ("median", torch.median)):
         mine, its = (float(pick(x)) if x.numel() else 0.0 for x in (error, allowed))
         if mine > FACTOR * max(its, floor):
