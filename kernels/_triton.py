@@ -27,6 +27,15 @@ def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def bind_context(tensor: torch.Tensor) -> None:
+    """Binds the CUDA context to this thread, which encoding a tensor descriptor needs and autograd's threads lack.
+
+    Any work submitted by the runtime does it; this is the least.
+    """
+    if tensor.is_cuda:
+        tensor.new_zeros(1)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: exactly, unless the user turned TF32 on for torch's own matmul."""
     tf32 = torch.backends.cuda.matmul.allow_tf32

@@ -15,8 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attnopt.kernels._triton import bind_context
 from attnopt.kernels.lightning.shapes import Gradients, sum_groups
-from attnopt.kernels.lightning.triton_sweep import Swept, prepare_decay, sweep
+from attnopt.kernels.lightning.triton_decay import prepare_decay
+from attnopt.kernels.lightning.triton_launch import Sweep, Swept, entering_states, prepare_sweep, run_sweep
 from attnopt.kernels.lightning.triton_tiles import Tiles, chunk_rows
 
 
@@ -34,14 +36,19 @@ def backward(
     tiles: Tiles | None = None,
 ) -> Gradients:
     """Gradients of `triton_forward.forward`; shapes and results as in `chunked.backward`. `tiles` overrides."""
+    bind_context(q)
     chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
-    run = partial(sweep, decay=prepare_decay(log_decay, chunk), scale=scale, tiles=tiles)
+    prepare = partial(prepare_sweep, decay=prepare_decay(log_decay, chunk), scale=scale, tiles=tiles)
     state_t, d_state_t = (None if s is None else s.mT for s in (initial_state, d_state))
     kv_dtype = q.dtype if q.shape[1] == k.shape[1] else torch.float32
     own_q, own_k = (q, k) if with_log_decay else (None, None)
-    dq = run(d_out, v, k, reverse=False, entering=state_t, out_dtype=q.dtype, own=own_q)
-    dk = run(v, d_out, q, reverse=True, entering=d_state_t, out_dtype=kv_dtype, own=own_k)
-    dv = run(k, q, d_out, reverse=True, entering=d_state, out_dtype=kv_dtype)
+    to_q = prepare(d_out, v, k, reverse=False, own=own_q)
+    to_k = prepare(v, d_out, q, reverse=True, own=own_k)
+    to_v = prepare(k, q, d_out, reverse=True)
+    dq = run_sweep(to_q, entering_states(to_q, state_t), q.dtype)
+    entering = entering_states(to_k, d_state_t)
+    dk = run_sweep(to_k, entering, kv_dtype)
+    dv = run_sweep(to_v, _as_entered(to_v, entering, d_state), kv_dtype)
     return Gradients(
         dq.out,
         sum_groups(dk.out, k.shape[1]).to(k.dtype),
@@ -57,3 +64,9 @@ def _step_gradient(dq: Swept, dk: Swept, d_state: Tensor | None) -> Tensor:
     if d_state is not None:
         steps += (dq.state.mT * d_state).sum((-2, -1), dtype=torch.float64)[..., None]
     return steps.float()
+
+
+def _as_entered(to_v: Sweep, entering: Tensor | None, d_state: Tensor | None) -> Tensor | None:
+    """The states of dk, turned, are those of dv, where both sweeps have the same segments."""
+    same = entering is not None and entering.shape[2] == to_v.segments
+    return entering.mT if same else entering_states(to_v, d_state)

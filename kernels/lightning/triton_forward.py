@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from attnopt.kernels.lightning.triton_sweep import prepare_decay, sweep
+from attnopt.kernels._triton import bind_context
+from attnopt.kernels.lightning.triton_decay import prepare_decay
+from attnopt.kernels.lightning.triton_launch import entering_states, prepare_sweep, run_sweep
 from attnopt.kernels.lightning.triton_tiles import Tiles, chunk_rows
 
 
@@ -19,10 +21,9 @@ def forward(
 
     q, k, v fp32, bf16 or fp16 with D and Dv <= 256, any strides. `tiles` overrides the choice by shape.
     """
+    bind_context(q)
     chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
-    swept = sweep(
-        q, k, v,
-        decay=prepare_decay(log_decay, chunk), scale=scale, reverse=False, entering=initial_state,
-        out_dtype=q.dtype, tiles=tiles,
-    )  # fmt: skip
+    decay = prepare_decay(log_decay, chunk)
+    sweep = prepare_sweep(q, k, v, decay=decay, scale=scale, reverse=False, tiles=tiles)
+    swept = run_sweep(sweep, entering_states(sweep, initial_state), q.dtype)
     return swept.out, swept.state

@@ -1,7 +1,8 @@
 """How a sweep is cut for a device: pure functions of shapes, so that a choice can be read, tested and overridden.
 
-Chunks of 64 rows and slices of 64 columns on 4 warps were fastest on an H200 for many heads at D 128, slices of 128 on
-8 warps with 3 stages for few (bf16). The other tiles are those that compile for sm_90 with hardly a register spilled.
+In half types a program holds the state for 128 columns of z on 8 warps, one program on a multiprocessor, or for 64
+columns on 4 warps where that fills the device better; measured on an H100 at D 128 (docs/perf-log.md). The other tiles
+are those that compile for sm_90 with hardly a register spilled.
 """
 
 from dataclasses import dataclass, replace
@@ -18,23 +19,30 @@ MOST_SEGMENTS = 128
 #: Chunks that a segment has at least: fewer are not worth a state that travels through memory.
 LEAST_CHUNKS = 4
 
+#: Pieces in which the first pass sums up a segment: twice as many programs as the second pass has.
+PIECES = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How one sweep is cut: rows of a chunk, columns of z per program, segments of the sequence; warps and stages."""
+    """How one sweep is cut: rows of a chunk, columns of z per program, segments of the sequence; warps and stages.
+
+    `pieces`: of how many parts the first pass sums up a segment.
+    """
 
     chunk: int
     columns: int
     segments: int
     warps: int = 4
     stages: int = 1
+    pieces: int = 1
 
 
 def chunk_rows(length: int, width: int, dtype: torch.dtype) -> int:
     """Rows of a chunk for sequences of `length`, the wider of D and Dv being `width`."""
     if dtype == torch.float32:
         return 16
-    return min(64 if width <= 128 else 32, next_power_of_two(length))
+    return min(64, next_power_of_two(length))
 
 
 def choose_tiles(
@@ -42,35 +50,45 @@ def choose_tiles(
 ) -> Tiles:
     """Tiles for `heads` = B * H sequences on a device with `processors` multiprocessors.
 
-    Many heads fill the device with narrow slices and one pass. With few, wide slices and as many segments as
-    make the second reading of y and z worth its price.
+    Of all shapes of programs and numbers of segments, what moves the least through memory for how well it fills the
+    device; of equals the first, which has the widest programs.
     """
     chunks = triton.cdiv(length, chunk)
-    narrow = _narrow_tiles(dx, dz, dtype, chunk)
-    segments = best_segments(heads * triton.cdiv(dz, narrow.columns), chunks, processors)
-    if segments == 1 or dtype != torch.bfloat16 or not 64 < max(dx, dz) <= 128 or dz <= 64:
-        return replace(narrow, segments=segments)
-    return Tiles(chunk, 128, best_segments(heads, chunks, processors), warps=8, stages=3)
-
-
-def _narrow_tiles(dx: int, dz: int, dtype: torch.dtype, chunk: int) -> Tiles:
-    most = 64
-    if dtype == torch.float32:
-        most = 32 if dx <= 128 else 16
-    return Tiles(chunk, min(most, next_power_of_two(dz)), 1, warps=4 if dx <= 128 else 8)
-
-
-def best_segments(programs: int, chunks: int, processors: int) -> int:
-    """The number of segments (a power of two) with the least estimated time for `programs` one-segment programs."""
     allowed = max(1, min(MOST_SEGMENTS, chunks // LEAST_CHUNKS))
-    candidates = (2**i for i in range(allowed.bit_length()))
-    return min(candidates, key=lambda n: _relative_time(programs, n, processors))
+    candidates = [
+        replace(tiles, segments=2**i, pieces=PIECES)
+        for tiles in _programs(dx, dz, dtype, chunk)
+        for i in range(allowed.bit_length())
+    ]
+    return min(candidates, key=lambda tiles: _relative_time(tiles, heads, dz, processors))
 
 
-def _relative_time(programs: int, segments: int, processors: int) -> float:
-    """Traffic over how well the device is filled: four programs on three multiprocessors reach full bandwidth."""
-    traffic = 1.0 if segments == 1 else 1.5 + segments / 256
-    return traffic / min(1.0, programs * segments * 3 / (4 * processors))
+def sum_tiles(tiles: Tiles, dx: int, dz: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the first pass, which holds nothing but the state."""
+    if dtype == torch.float32 or max(dx, dz) > 128:
+        return tiles
+    return replace(tiles, columns=next_power_of_two(dz), warps=8 if max(dx, dz) > 64 else 4, stages=3)
+
+
+def _programs(dx: int, dz: int, dtype: torch.dtype, chunk: int) -> list[Tiles]:
+    """Shapes of programs that fit on a multiprocessor, widest first."""
+    most = next_power_of_two(dz)
+    if dtype == torch.float32:
+        return [Tiles(chunk, min(most, 32 if dx <= 128 else 16), 1, warps=4 if dx <= 128 else 8)]
+    if dx > 128:
+        return [Tiles(chunk, min(most, 64), 1, warps=8, stages=2 if dtype == torch.bfloat16 else 1)]
+    narrow = Tiles(chunk, min(most, 64), 1, warps=4, stages=3)
+    if dtype == torch.float16 or most <= 64:
+        return [narrow]
+    return [Tiles(chunk, min(most, 128), 1, warps=8, stages=3), narrow]
+
+
+def _relative_time(tiles: Tiles, heads: int, dz: int, processors: int) -> float:
+    """Traffic over how well the last round of programs fills the device; segments cost a second reading of y and z."""
+    programs = heads * triton.cdiv(dz, tiles.columns) * tiles.segments
+    rounds = triton.cdiv(programs, processors)
+    traffic = 1.0 if tiles.segments == 1 else 1.5 - 0.5 / tiles.segments + tiles.segments / 256
+    return traffic * rounds * processors / programs
 
 
 def processors_of(tensor: Tensor) -> int:
