@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Decay within the chunks of a block, broadcastable to (B, H, count, rows, columns). None stands for 1."""
+    """Decay within the chunks of a block, broadcastable to (B, H, count, rows, columns). None stands for 1.
 
-    pairs: (
-        Tensor  # (C, C): exp(G_a - G_b) where a >= b, else 0; G is the running sum of log decay in the chunk
-    )
-    since: Tensor | None  # (C, 1): exp(G_a), from the state entering the chunk to row a
+    G is the running sum of log decay in the chunk. What is read by queries holds the scale too, so that no tensor
+    needs to be multiplied by it.
+    """
+
+    pairs: Tensor  # (C, C): scale * exp(G_a - G_b) where a >= b, else 0
+    since: Tensor | None  # (C, 1): scale * exp(G_a), from the state entering the chunk to row a
     until: Tensor | None  # (C, 1): exp(G_C - G_a), from row a to the state leaving the chunk
     total: Tensor | None  # (1, 1): exp(G_C)
 
@@ -57,35 +60,41 @@ def split(length: int, chunk: int, heads: int) -> list[Block]:
     return [*blocks, Block(whole * chunk, 1, rest)] if rest else blocks
 
 
-def decays(log_decay: Tensor | None, blocks: Sequence[Block], like: Tensor) -> list[Factors]:
+def decays(log_decay: Tensor | None, blocks: Sequence[Block], like: Tensor, scale: float) -> list[Factors]:
     """The factors of each block, in the dtype and on the device of `like`; equal ones are shared."""
-    if log_decay is None:
-        shared = {
-            c: Factors(like.new_ones(c, c).tril_(), None, None, None) for c in {b.chunk for b in blocks}
-        }
-        return [shared[b.chunk] for b in blocks]
-    if log_decay.dim() == 1:
-        shared = {c: _head_factors(log_decay, c, like) for c in {b.chunk for b in blocks}}
-        return [shared[b.chunk] for b in blocks]
-    return [_token_factors(log_decay[:, :, b.rows].unflatten(2, (b.count, b.chunk)), like) for b in blocks]
+    if log_decay is not None and log_decay.dim() == 3:
+        cut = (log_decay[:, :, b.rows].unflatten(2, (b.count, b.chunk)) for b in blocks)
+        return [_token_factors(rows, like, scale) for rows in cut]
+    make = _plain_factors if log_decay is None else partial(_head_factors, log_decay)
+    shared = {chunk: make(chunk, like, scale) for chunk in {b.chunk for b in blocks}}
+    return [shared[b.chunk] for b in blocks]
 
 
-def _head_factors(log_decay: Tensor, chunk: int, like: Tensor) -> Factors:
+def _plain_factors(chunk: int, like: Tensor, scale: float) -> Factors:
+    """No decay at all."""
+    since = None if scale == 1.0 else like.new_full((1, 1), scale)
+    return Factors(like.new_full((chunk, chunk), scale).tril_(), since, None, None)
+
+
+def _head_factors(log_decay: Tensor, chunk: int, like: Tensor, scale: float) -> Factors:
     """A fixed decay per head, log_decay (H,): exponents are g times a distance, so nothing cancels."""
     g = log2_decay(log_decay).to(like.dtype).view(1, -1, 1, 1, 1)
     age = torch.arange(1, chunk + 1, device=like.device, dtype=like.dtype)[:, None]
     return Factors(
-        _pairs(g * (age - age.mT)), (g * age).exp2(), (g * (chunk - age)).exp2(), (g * chunk).exp2()
+        _pairs(g * (age - age.mT)) * scale,
+        (g * age).exp2() * scale,
+        (g * (chunk - age)).exp2(),
+        (g * chunk).exp2(),
     )
 
 
-def _token_factors(log_decay: Tensor, like: Tensor) -> Factors:
+def _token_factors(log_decay: Tensor, like: Tensor, scale: float) -> Factors:
     """A decay per token, log_decay (B, H, count, C): running sums in fp64, for their differences are small."""
     run = log2_decay(log_decay).cumsum(-1)[..., None]
     last = run[..., -1:, :]
     return Factors(
-        _pairs((run - run.mT).to(like.dtype)),
-        run.exp2().to(like.dtype),
+        _pairs((run - run.mT).to(like.dtype)) * scale,
+        run.exp2().to(like.dtype) * scale,
         (last - run).exp2().to(like.dtype),
         last.exp2().to(like.dtype),
     )

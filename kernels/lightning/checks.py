@@ -10,7 +10,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, *, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    causal: bool,
 ) -> None:
     """Raises ShapeError or UnsupportedError unless `lightning_attention` can serve the arguments."""
     _check_kinds({"q": q, "k": k, "v": v})
@@ -27,7 +34,11 @@ def check_attention(
             "decay without causal order has no meaning here; wanted log_decay=None or causal=True"
         )
     _check_decay(log_decay, q, (q.shape[0], q.shape[1], q.shape[2]))
-    _check_state(initial_state, "initial_state", q, v)
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        _check_packed(cu_seqlens, q, causal=causal)
+        sequences = cu_seqlens.shape[0] - 1
+    _check_state(initial_state, "initial_state", q, v, sequences)
 
 
 def check_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None) -> None:
@@ -42,7 +53,7 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor
         raise ShapeError(f"{found}; wanted one B and D in q and k, one B and Hkv in k and v")
     _check_groups(q, k, found)
     _check_decay(log_decay, q, (q.shape[0], q.shape[1]))
-    _check_state(state, "state", q, v)
+    _check_state(state, "state", q, v, q.shape[0])
 
 
 def _check_kinds(tensors: dict[str, Tensor]) -> None:
@@ -70,11 +81,24 @@ def _check_decay(log_decay: Tensor | None, q: Tensor, each: tuple[int, ...]) -> 
         raise ShapeError(f"{found}; wanted floating point on {q.device}")
 
 
-def _check_state(state: Tensor | None, name: str, q: Tensor, v: Tensor) -> None:
+def _check_packed(cu_seqlens: Tensor, q: Tensor, *, causal: bool) -> None:
+    """Values are not looked at: that would wait for the device."""
+    found = (
+        f"cu_seqlens {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}, q {tuple(q.shape)}"
+    )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or q.shape[0] != 1:
+        raise ShapeError(f"{found}; wanted (n + 1,), and B = 1: the n sequences lie one behind the other")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != q.device:
+        raise ShapeError(f"{found}; wanted int32 or int64 on {q.device}")
+    if not causal:
+        raise UnsupportedError("cu_seqlens packs causal sequences; wanted causal=True, or one call for each")
+
+
+def _check_state(state: Tensor | None, name: str, q: Tensor, v: Tensor, sequences: int) -> None:
     """States are held in fp32: rounding them to half precision at each hand-over adds up."""
     if state is None:
         return
-    shape, dtype = (q.shape[0], q.shape[1], q.shape[-1], v.shape[-1]), state_dtype(q.dtype)
+    shape, dtype = (sequences, q.shape[1], q.shape[-1], v.shape[-1]), state_dtype(q.dtype)
     if tuple(state.shape) != shape or state.dtype != dtype or state.device != q.device:
         found = f"{name} {tuple(state.shape)} {state.dtype} on {state.device}"
         raise ShapeError(

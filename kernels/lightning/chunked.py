@@ -8,7 +8,8 @@ fp64 inputs). A block is a few chunks whose products run as one batch; the state
 between chunks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from attnopt.kernels.lightning.blocks import Block, Factors, decays, log2_decay, split
 from attnopt.kernels.lightning.shapes import Gradients, repeat_heads, starting_state, state_dtype, sum_groups
 
-#: Rows of a chunk. Of 32 to 256, measured on two CPU cores (H 8, D 64 and 128, fp32), 64 was fastest or equal.
+#: Rows of a chunk. Of 16 to 256, measured on CPU cores (H 8, D 64; H 16, D 128; fp32), 32 takes 0.85 to 1 times as
+#: long, but rounds the state twice as often, which shows over 10,000 tokens; the others are slower.
 CHUNK = 64
 
 
@@ -37,15 +39,10 @@ def forward(
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     state = starting_state(q, v, initial_state)
     blocks = split(q.shape[2], chunk, q.shape[0] * q.shape[1])
-    for block, factors in zip(blocks, decays(log_decay, blocks, state), strict=True):
-        query, key, value = (
-            _cut(q, block, q.shape[1]) * scale,
-            _cut(k, block, q.shape[1]),
-            _cut(v, block, q.shape[1]),
-        )
-        entering, state = _scan(
-            _times(key, factors.until).mT @ value, factors.total, state, range(block.count)
-        )
+    for block, factors in zip(blocks, decays(log_decay, blocks, state, scale), strict=True):
+        query, key, value = (_cut(x, block, q.shape[1]) for x in (q, k, v))
+        deltas = _times(key, factors.until).mT @ value
+        entering, state = _scan(deltas, factors.total, state, range(block.count))
         o = ((query @ key.mT).mul_(factors.pairs)) @ value
         out[:, :, block.rows] = _add_product(o, _times(query, factors.since), entering).flatten(2, 3)
     return out, state
@@ -70,7 +67,7 @@ def backward(
     """
     blocks = split(q.shape[2], chunk, q.shape[0] * q.shape[1])
     state = starting_state(q, v, initial_state)
-    factors = decays(log_decay, blocks, state)
+    factors = decays(log_decay, blocks, state, scale)
     checkpoints = _checkpoints(k, v, state, blocks, factors)
     grads = _empty_gradients(q, k, v, starting_state(q, v, d_state), with_log_decay=with_log_decay)
     arriving = grads.initial_state
@@ -78,7 +75,7 @@ def backward(
         reversed(blocks), reversed(factors), reversed(checkpoints), strict=True
     ):
         tiles = tuple(_cut(x, block, q.shape[1]) for x in (q, k, v, d_out))
-        arriving = _block_backward(tiles, factor, entering, arriving, scale, block, grads)
+        arriving = _block_backward(tiles, factor, entering, arriving, block, grads)
     grads.initial_state.copy_(arriving)
     return grads
 
@@ -95,13 +92,23 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | Non
     return ((query * scale)[..., None, :] @ state)[..., 0, :].to(q.dtype)
 
 
-def _scan(deltas: Tensor, total: Tensor | None, state: Tensor, order: Iterable[int]) -> tuple[Tensor, Tensor]:
+def _scan(deltas: Tensor, total: Tensor | None, state: Tensor, order: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What enters each chunk, and what leaves the last: state <- total * state + delta, chunk by chunk in `order`."""
     entering = torch.empty_like(deltas)
-    for i in order:
-        entering[:, :, i] = state
-        state = deltas[:, :, i] + (state if total is None else state * total[:, :, i % total.shape[2]])
-    return entering, state
+    places = [*entering.unbind(2), torch.empty_like(state)]
+    places[order[0]].copy_(state)
+    for i, following in pairwise([*order, len(order)]):
+        factor = None if total is None else total[:, :, i % total.shape[2]]
+        _advance(places[i], deltas[:, :, i], factor, places[following])
+    return entering, places[-1]
+
+
+def _advance(state: Tensor, delta: Tensor, factor: Tensor | None, into: Tensor) -> None:
+    """into = factor * state + delta, in one pass."""
+    if factor is None:
+        torch.add(state, delta, out=into)
+    else:
+        torch.addcmul(delta, state, factor, out=into)
 
 
 def _checkpoints(
@@ -121,26 +128,25 @@ def _block_backward(
     f: Factors,
     entering: Tensor,
     arriving: Tensor,
-    scale: float,
     block: Block,
     grads: Gradients,
 ) -> Tensor:
     """Writes the block's rows of all gradients; returns the gradient at the state that enters the block."""
     q, k, v, d_o = tiles
-    q = q * scale
-    states, _ = _scan(_times(k, f.until).mT @ v, f.total, entering, range(block.count))
-    outer, before = _scan(_times(q, f.since).mT @ d_o, f.total, arriving, reversed(range(block.count)))
+    weighted = _times(k, f.until)
+    states, _ = _scan(weighted.mT @ v, f.total, entering, range(block.count))
+    outer, before = _scan(_times(q, f.since).mT @ d_o, f.total, arriving, range(block.count)[::-1])
     d_scores = (d_o @ v.mT).mul_(f.pairs)
     dq = _add_product(d_scores @ k, _times(d_o, f.since), states.mT)
     dk = _add_product(d_scores.mT @ q, _times(v, f.until), outer.mT)
-    dv = _add_product((q @ k.mT).mul_(f.pairs).mT @ d_o, _times(k, f.until), outer)
-    grads.q[:, :, block.rows] = (dq * scale).flatten(2, 3)
+    dv = _add_product((q @ k.mT).mul_(f.pairs).mT @ d_o, weighted, outer)
+    grads.q[:, :, block.rows] = dq.flatten(2, 3)
     grads.k[:, :, block.rows] = sum_groups(dk.flatten(2, 3), grads.k.shape[1])
     grads.v[:, :, block.rows] = sum_groups(dv.flatten(2, 3), grads.v.shape[1])
     if grads.log_decay.numel():
         pairs = d_scores * (q @ k.mT)
         since = (_times(q, f.since) * (d_o @ states.mT)).sum(-1)
-        until = (_times(k, f.until) * (v @ outer.mT)).sum(-1)
+        until = (weighted * (v @ outer.mT)).sum(-1)
         through = _times((states * outer).sum((-2, -1), keepdim=True), f.total)[..., 0]
         grads.log_decay[:, :, block.rows] = _step_gradient(pairs, since, until, through).flatten(2, 3)
     return before

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
-from attnopt.kernels.lightning import chunked, full
+from attnopt.kernels.lightning import chunked, full, packed
 from attnopt.kernels.lightning.checks import check_attention, check_step
 from attnopt.kernels.lightning.shapes import Gradients, state_dtype
 
@@ -26,6 +26,7 @@ def lightning_attention(
     initial_state: Tensor | None = None,
     return_state: Literal[False] = False,
     causal: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -40,6 +41,7 @@ def lightning_attention(
     initial_state: Tensor | None = None,
     return_state: Literal[True],
     causal: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -53,6 +55,7 @@ def lightning_attention(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     causal: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Linear attention with scalar decay (Lightning Attention-2, arXiv 2401.04658, Algorithms 1 and 2), in O(N).
 
@@ -66,6 +69,9 @@ def lightning_attention(
     initial_state: (B, H, D, Dv), the state before the first token, one per query head; fp32 (fp64 for fp64).
     return_state: whether the state after the last token is returned too, in the form of `initial_state`.
     causal: query t sees keys <= t, and Sq == Sk. False: every query sees every key, Sq and Sk are free, no decay.
+    cu_seqlens: None, or (n + 1,) int32 or int64 on q's device: n sequences lie one behind the other along S, B is 1,
+        and sequence i has the rows from cu_seqlens[i] to cu_seqlens[i + 1]; the first is 0, the last S, none decreases
+        (values are not checked). States are then (n, H, D, Dv). Causal only.
 
     Returns o (B, H, Sq, Dv) in q's dtype, contiguous; with `return_state` (o, state). Sums and states are held in fp32
     (fp64 for fp64). Differentiable once in q, k, v, log_decay and initial_state, through o and the state.
@@ -74,7 +80,7 @@ def lightning_attention(
 
     Raises ShapeError (operands do not fit) and UnsupportedError (decay without causal order, integer dtypes).
     """
-    o, state = _attention(q, k, v, log_decay, initial_state, scale, causal)
+    o, state = _attention(q, k, v, log_decay, initial_state, scale, causal, cu_seqlens)
     return (o, state) if return_state else o
 
 
@@ -107,16 +113,19 @@ def _attention(
     initial_state: Tensor | None,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_attention(q, k, v, log_decay, initial_state, causal=causal)
+    check_attention(q, k, v, log_decay, initial_state, cu_seqlens, causal=causal)
     with torch.autocast(q.device.type, enabled=False):
         if not causal:
             return full.forward(q, k, v, initial_state, scale)
-        if not _has_kernel(q, k, v):
-            return chunked.forward(q, k, v, log_decay, initial_state, scale)
-        from attnopt.kernels.lightning import triton_forward
+        if _has_kernel(q, k, v):
+            from attnopt.kernels.lightning import triton_forward
 
-        return triton_forward.forward(q, k, v, log_decay, initial_state, scale)
+            return triton_forward.forward(q, k, v, log_decay, initial_state, scale, cu_seqlens)
+        if cu_seqlens is None:
+            return chunked.forward(q, k, v, log_decay, initial_state, scale)
+        return packed.forward(q, k, v, log_decay, initial_state, scale, cu_seqlens)
 
 
 @_attention.register_fake
@@ -128,10 +137,11 @@ def _(
     initial_state: Tensor | None,
     scale: float,
     causal: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     del scale
-    check_attention(q, k, v, log_decay, initial_state, causal=causal)
-    return q.new_empty((*q.shape[:3], v.shape[3])), _new_state(q, v)
+    check_attention(q, k, v, log_decay, initial_state, cu_seqlens, causal=causal)
+    return q.new_empty((*q.shape[:3], v.shape[3])), _new_state(q, v, cu_seqlens)
 
 
 @torch.library.custom_op("attnopt::lightning_attention_backward", mutates_args=())
@@ -146,17 +156,22 @@ def _attention_backward(
     scale: float,
     causal: bool,
     with_log_decay: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (empty unless asked for) and initial_state."""
     inputs = (d_out, d_state, q, k, v, log_decay, initial_state, scale)
     with torch.autocast(q.device.type, enabled=False):
         if not causal:
             return _as_tuple(full.backward(d_out, d_state, q, k, v, initial_state, scale), log_decay)
-        if not _has_kernel(q, k, v) or (with_log_decay and q.dtype in HALF):
-            return _as_tuple(chunked.backward(*inputs, with_log_decay=with_log_decay), log_decay)
-        from attnopt.kernels.lightning import triton_backward
+        if _has_kernel(q, k, v):
+            from attnopt.kernels.lightning import triton_backward
 
-        return _as_tuple(triton_backward.backward(*inputs, with_log_decay=with_log_decay), log_decay)
+            found = triton_backward.backward(*inputs, cu_seqlens, with_log_decay=with_log_decay)
+        elif cu_seqlens is None:
+            found = chunked.backward(*inputs, with_log_decay=with_log_decay)
+        else:
+            found = packed.backward(*inputs, cu_seqlens, with_log_decay=with_log_decay)
+        return _as_tuple(found, log_decay)
 
 
 @_attention_backward.register_fake
@@ -171,9 +186,10 @@ def _(
     scale: float,
     causal: bool,
     with_log_decay: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     del d_out, d_state, initial_state, scale, causal
-    state = _new_state(q, v)
+    state = _new_state(q, v, cu_seqlens)
     decay = state.new_empty(0)
     if with_log_decay and log_decay is not None:
         decay = log_decay.new_empty(log_decay.shape)
@@ -182,21 +198,21 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     del output
-    *tensors, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, ctx.causal, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state = ctx.saved_tensors
+    q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
     if d_out is None:
         d_out = q.new_zeros((*q.shape[:3], v.shape[3]))
     with_log_decay = ctx.needs_input_grad[3]
     dq, dk, dv, d_decay, d_initial = _attention_backward(
-        d_out, d_state, q, k, v, log_decay, initial_state, ctx.scale, ctx.causal, with_log_decay
+        d_out, d_state, q, k, v, log_decay, initial_state, ctx.scale, ctx.causal, with_log_decay, cu_seqlens
     )
     d_decay = d_decay if with_log_decay else None
-    return dq, dk, dv, d_decay, d_initial if initial_state is not None else None, None, None
+    return dq, dk, dv, d_decay, d_initial if initial_state is not None else None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -220,11 +236,6 @@ def _(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None, 
     return q.new_empty((*q.shape[:2], v.shape[2]))
 
 
-#: In these types the kernel's form of d log_decay, a difference of two sums, loses what a learned decay needs (relative
-#: error 0.07 to 0.27 on an H200, against 1e-5 in fp32); the torch path has a form in which nothing cancels.
-HALF = (torch.bfloat16, torch.float16)
-
-
 def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the Triton kernels take these tensors, none of them empty."""
     if not q.is_cuda or find_spec("triton") is None:
@@ -233,8 +244,9 @@ def _has_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return fits and q.numel() * k.numel() * v.numel() > 0
 
 
-def _new_state(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
+def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
 
 
 def _as_tuple(grads: Gradients, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -10,16 +10,18 @@ Every product is taken directly in the orientation in which it is needed: no acc
 product (https://github.com/fla-org/flash-linear-attention/pull/826).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
+import triton
 from torch import Tensor
 
 from attnopt.kernels._triton import bind_context
 from attnopt.kernels.lightning.shapes import Gradients, sum_groups
-from attnopt.kernels.lightning.triton_decay import prepare_decay
-from attnopt.kernels.lightning.triton_launch import Sweep, Swept, entering_states, prepare_sweep, run_sweep
-from attnopt.kernels.lightning.triton_tiles import Tiles, chunk_rows
+from attnopt.kernels.lightning.triton_decay import empty_terms, prepare_decay
+from attnopt.kernels.lightning.triton_launch import Sweep, entering_states, prepare_sweep, run_sweep
+from attnopt.kernels.lightning.triton_tiles import WIDEST, WIDEST_WITH_TERMS, Tiles, chunk_rows
 
 
 def backward(
@@ -31,20 +33,27 @@ def backward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     scale: float,
+    starts: Tensor | None = None,
     *,
     with_log_decay: bool = False,
     tiles: Tiles | None = None,
 ) -> Gradients:
     """Gradients of `triton_forward.forward`; shapes and results as in `chunked.backward`. `tiles` overrides."""
     bind_context(q)
-    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
-    prepare = partial(prepare_sweep, decay=prepare_decay(log_decay, chunk), scale=scale, tiles=tiles)
+    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], q.dtype)
+    decay = prepare_decay(log_decay, chunk, starts)
+    prepare = partial(prepare_sweep, decay=decay, scale=scale, tiles=tiles, starts=starts)
     state_t, d_state_t = (None if s is None else s.mT for s in (initial_state, d_state))
     kv_dtype = q.dtype if q.shape[1] == k.shape[1] else torch.float32
-    own_q, own_k = (q, k) if with_log_decay else (None, None)
-    to_q = prepare(d_out, v, k, reverse=False, own=own_q)
-    to_k = prepare(v, d_out, q, reverse=True, own=own_k)
+    widest = WIDEST_WITH_TERMS if with_log_decay else WIDEST
+    to_q = prepare(d_out, v, k, reverse=False, widest=widest)
+    to_k = prepare(v, d_out, q, reverse=True, widest=widest)
     to_v = prepare(k, q, d_out, reverse=True)
+    terms = None
+    if with_log_decay:
+        slices = triton.cdiv(q.shape[3], to_q.tiles.columns)
+        terms = empty_terms(q, v, slices, chunk, 0 if starts is None else len(starts) - 1)
+        to_q, to_k = replace(to_q, own=q, terms=terms), replace(to_k, own=k, terms=terms)
     dq = run_sweep(to_q, entering_states(to_q, state_t), q.dtype)
     entering = entering_states(to_k, d_state_t)
     dk = run_sweep(to_k, entering, kv_dtype)
@@ -53,20 +62,13 @@ def backward(
         dq.out,
         sum_groups(dk.out, k.shape[1]).to(k.dtype),
         sum_groups(dv.out, v.shape[1]).to(v.dtype),
-        _step_gradient(dq, dk, d_state) if with_log_decay else q.new_empty(0),
+        q.new_empty(0) if terms is None else terms.rows.sum((0, 1)),
         dv.state,
     )
 
 
-def _step_gradient(dq: Swept, dk: Swept, d_state: Tensor | None) -> Tensor:
-    """d log_decay (B, H, S): sum over s >= t of q_s . dq_s - k_s . dk_s, plus <S_n, dS_n>; summed in fp64."""
-    steps = (dq.row_dots.double() - dk.row_dots.double()).flip(-1).cumsum(-1).flip(-1)
-    if d_state is not None:
-        steps += (dq.state.mT * d_state).sum((-2, -1), dtype=torch.float64)[..., None]
-    return steps.float()
-
-
 def _as_entered(to_v: Sweep, entering: Tensor | None, d_state: Tensor | None) -> Tensor | None:
     """The states of dk, turned, are those of dv, where both sweeps have the same segments."""
-    same = entering is not None and entering.shape[2] == to_v.segments
-    return entering.mT if same else entering_states(to_v, d_state)
+    if entering is not None and entering.shape[2] == to_v.segments:
+        return entering.mT
+    return entering_states(to_v, d_state)

@@ -15,15 +15,18 @@ def forward(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     scale: float,
+    starts: Tensor | None = None,
+    *,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention and the state after the last token; shapes as in `chunked.forward`, no dimension 0.
 
-    q, k, v fp32, bf16 or fp16 with D and Dv <= 256, any strides. `tiles` overrides the choice by shape.
+    q, k, v fp32, bf16 or fp16 with D and Dv <= 256, any strides. `starts`: of packed sequences, the
+    op's `cu_seqlens`. `tiles` overrides the choice by shape.
     """
     bind_context(q)
-    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
-    decay = prepare_decay(log_decay, chunk)
-    sweep = prepare_sweep(q, k, v, decay=decay, scale=scale, reverse=False, tiles=tiles)
+    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], q.dtype)
+    decay = prepare_decay(log_decay, chunk, starts)
+    sweep = prepare_sweep(q, k, v, decay=decay, scale=scale, reverse=False, tiles=tiles, starts=starts)
     swept = run_sweep(sweep, entering_states(sweep, initial_state), q.dtype)
     return swept.out, swept.state

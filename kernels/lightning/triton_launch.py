@@ -1,6 +1,6 @@
 """Launches the sweep kernel: one pass, or sums of segments, a scan over them, and the pass that writes outputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -9,9 +9,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnopt.kernels._triton import dot_precision, next_power_of_two, on_device_of
-from attnopt.kernels.lightning.triton_decay import Decay
+from attnopt.kernels.lightning.triton_decay import Decay, DecayTerms
 from attnopt.kernels.lightning.triton_sweep import carry_kernel, sweep_kernel
-from attnopt.kernels.lightning.triton_tiles import Tiles, choose_tiles, processors_of, sum_tiles
+from attnopt.kernels.lightning.triton_tiles import WIDEST, Tiles, choose_tiles, processors_of, sum_tiles
 
 #: Tensor descriptors want rows and starts at multiples of this many bytes.
 ALIGNMENT = 16
@@ -22,14 +22,10 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """out (B, H, S, DZ); state (B, H, DX, DZ) fp32 after the last chunk.
-
-    row_dots (B, H, S): rows of out . own, without what each row takes from its own position; zeros without `own`.
-    """
+    """out (B, H, S, DZ); state (B, H, DX, DZ) fp32 after the last chunk."""
 
     out: Tensor
     state: Tensor
-    row_dots: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +33,9 @@ class Sweep:
     """One sweep over all heads, before it runs.
 
     x (B, Hx, S, DX), y (B, Hy, S, DX), z (B, Hz, S, DZ), own None or (B, Ho, S, DZ); H is the largest of Hx, Hy, Hz and
-    each divides it. `tiles.chunk` is that of `decay`.
+    each divides it. `tiles.chunk` is that of `decay`. `starts`: None, or (n + 1,) int, where packed sequences start in
+    the one row of the batch, and where the last one ends; states then have n for B. With `own` the sweep fills its part
+    of `terms`.
     """
 
     x: Tensor
@@ -48,6 +46,13 @@ class Sweep:
     scale: float
     reverse: bool
     tiles: Tiles
+    starts: Tensor | None = None
+    terms: DecayTerms | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Sequences: as many as batch rows, or packed ones in a single row."""
+        return self.x.shape[0] if self.starts is None else len(self.starts) - 1
 
     @property
     def heads(self) -> int:
@@ -79,16 +84,21 @@ def prepare_sweep(
     decay: Decay,
     scale: float,
     reverse: bool,
-    own: Tensor | None = None,
     tiles: Tiles | None = None,
+    widest: int = WIDEST,
+    starts: Tensor | None = None,
 ) -> Sweep:
-    """A sweep with tiles chosen by shape, unless given."""
+    """A sweep with tiles chosen by shape, at most `widest` columns, unless given."""
+    sequences = x.shape[0] if starts is None else len(starts) - 1
     if tiles is None:
-        heads = x.shape[0] * max(x.shape[1], y.shape[1], z.shape[1])
+        heads = sequences * max(x.shape[1], y.shape[1], z.shape[1])
         tiles = choose_tiles(
-            heads, x.shape[2], x.shape[3], z.shape[3], x.dtype, decay.chunk, processors_of(x)
+            heads, x.shape[2], x.shape[3], z.shape[3], x.dtype, decay.chunk, processors_of(x), widest
         )  # fmt: skip
-    return Sweep(x, y, z, own, decay, scale, reverse, tiles)
+    if starts is not None:
+        # How long each is, only the device knows: none is cut.
+        tiles = replace(tiles, segments=1)
+    return Sweep(x, y, z, None, decay, scale, reverse, tiles, starts)
 
 
 def entering_states(sweep: Sweep, entering: Tensor | None) -> Tensor | None:
@@ -108,7 +118,7 @@ def entering_states(sweep: Sweep, entering: Tensor | None) -> Tensor | None:
     cells = states[0, 0, 0].numel()
     blocks = triton.cdiv(cells, 1024)
     with on_device_of(x):
-        _run(sweep, _sums_of(sweep, entered), None, None, x.new_empty(0), states, logs)
+        _run(sweep, _sums_of(sweep, entered), None, None, states, logs)
         carry_kernel[(x.shape[0] * sweep.heads * blocks,)](
             states, logs, entered, cells, blocks, REVERSE=sweep.reverse, BLOCK=1024
         )
@@ -119,14 +129,11 @@ def run_sweep(sweep: Sweep, states: Tensor | None, out_dtype: torch.dtype) -> Sw
     """The pass that writes outputs; states: what `entering_states` returned, or that of a sweep with the same one."""
     shape = (sweep.x.shape[0], sweep.heads, sweep.x.shape[2], sweep.z.shape[3])
     out = sweep.x.new_empty(shape, dtype=out_dtype)
-    state = sweep.x.new_empty((*shape[:2], sweep.x.shape[3], shape[3]), dtype=torch.float32)
+    state = sweep.x.new_empty((sweep.sequences, sweep.heads, sweep.x.shape[3], shape[3]), dtype=torch.float32)
     cut = _Pass(sweep.chunks_each, sweep.segments, 0, sweep.segments, sweep.tiles)
-    dots = sweep.x.new_empty(
-        (cut.slices(sweep.z) if sweep.own is not None else 0, *shape[:3]), dtype=torch.float32
-    )
     with on_device_of(sweep.x):
-        _run(sweep, cut, states, out, dots, state[:, :, None], None)
-    return Swept(out, state, dots.sum(0))
+        _run(sweep, cut, states, out, state[:, :, None], None)
+    return Swept(out, state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +163,6 @@ def _run(
     cut: _Pass,
     entering: Tensor | None,
     out: Tensor | None,
-    dots: Tensor,
     leaving: Tensor,
     logs: Tensor | None,
 ) -> None:
@@ -165,13 +171,15 @@ def _run(
     leave = leaving.flatten(0, 1)
     state_dtype, state_precision = _state_operand(x.dtype)
     width = next_power_of_two(x.shape[3])
-    bulk = all(_is_bulk(t) for t in (x, y, z))
+    bulk = sweep.starts is None and all(_is_bulk(t) for t in (x, y, z, own) if t is not None)
     x_given, y_given = (_operand(t, tiles.chunk, width, bulk=bulk) for t in (x, y))
-    z_given, out_given = (_operand(t, tiles.chunk, tiles.columns, bulk=bulk) for t in (z, out))
-    sweep_kernel[(x.shape[0] * sweep.heads * cut.launched * cut.slices(z),)](
+    z_given, out_given, own_given = (
+        _operand(t, tiles.chunk, tiles.columns, bulk=bulk) for t in (z, out, None if out is None else own)
+    )
+    sweep_kernel[(sweep.sequences * sweep.heads * cut.launched * cut.slices(z),)](
         *x_given, *y_given, *z_given, *out_given,
-        own, *(own.stride() if own is not None else _NO_STRIDES), dots,
-        sweep.decay.high, sweep.decay.low, sweep.decay.stride,
+        *own_given, *_terms(sweep),
+        sweep.starts, sweep.decay.high, sweep.decay.low, sweep.decay.stride,
         enter, *(enter.stride() if enter is not None else _NO_STRIDES), leave, *leave.stride()[:2], logs,
         sweep.scale, sweep.scale or 1.0, sweep.heads, x.shape[2],
         sweep.heads // x.shape[1], sweep.heads // y.shape[1], sweep.heads // z.shape[1],
@@ -185,8 +193,16 @@ def _run(
     )  # fmt: skip
 
 
-def _operand(x: Tensor | None, rows: int, columns: int, *, bulk: bool) -> tuple[object, int, int, int, int]:
-    """A tensor as the kernel takes it: a descriptor of its tiles, or a pointer and strides."""
+def _terms(sweep: Sweep) -> tuple[Tensor | None, int, Tensor | None]:
+    """Where the kernel leaves its part of d log_decay, and leaves or finds what enters each chunk."""
+    if sweep.terms is None:
+        return None, 0, None
+    rows = sweep.terms.rows[int(sweep.reverse)]
+    return rows, rows.stride(0), sweep.terms.states
+
+
+def _operand(x: Tensor | None, rows: int, columns: int, *, bulk: bool) -> tuple[object, ...]:
+    """A tensor as the kernel takes it: a descriptor of its tiles, or a pointer; then four strides."""
     if x is None:
         return None, *_NO_STRIDES
     if not bulk:

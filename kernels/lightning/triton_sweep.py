@@ -17,34 +17,17 @@ import triton
 import triton.language as tl
 
 from attnopt.kernels._triton import offset
-from attnopt.kernels.lightning.triton_decay import head_decay, pair_weights, running_decay
+from attnopt.kernels.lightning.triton_decay import (
+    forward_terms,
+    head_decay,
+    pair_weights,
+    reverse_terms,
+    running_decay,
+)
+from attnopt.kernels.lightning.triton_rows import address, load_rows, sequence_of, store_rows
 
 #: Binary orders of magnitude between the largest sum that a state may hold and the least fp32 number.
 _FADED = tl.constexpr(277.0)
-
-
-@triton.jit
-def _address(ptr, stride_b, stride_h, stride_s, stride_d, b, h, rows, columns):
-    """Addresses of a tile of one head; rows and columns come shaped (n, 1) and (1, m), or turned."""
-    return (
-        ptr + offset(b, stride_b) + offset(h, stride_h) + offset(rows, stride_s) + offset(columns, stride_d)
-    )
-
-
-@triton.jit
-def _load_rows(
-    source, stride_b, stride_h, stride_s, stride_d, b, h, first, column, rows_end, columns_end,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
-    """Rows [first, first + ROWS) and columns [column, column + COLUMNS) of one head; zeros beyond the ends."""
-    if BULK:
-        tile = source.load([b, h, first, column]).reshape(ROWS, COLUMNS)
-    else:
-        rows = first + tl.arange(0, ROWS)[:, None]
-        columns = column + tl.arange(0, COLUMNS)[None, :]
-        at = _address(source, stride_b, stride_h, stride_s, stride_d, b, h, rows, columns)
-        tile = tl.load(at, mask=(rows < rows_end) & (columns < columns_end), other=0.0)
-    return tile
 
 
 @triton.jit
@@ -53,8 +36,8 @@ def sweep_kernel(
     y_ptr, y_sb, y_sh, y_ss, y_sd,
     z_ptr, z_sb, z_sh, z_ss, z_sd,
     out_ptr, out_sb, out_sh, out_ss, out_sd,
-    own_ptr, own_sb, own_sh, own_ss, own_sd, dots_ptr,
-    high_ptr, low_ptr, decay_stride,
+    own_ptr, own_sb, own_sh, own_ss, own_sd, terms_ptr, terms_stride, states_ptr,
+    starts_ptr, high_ptr, low_ptr, decay_stride,
     enter_ptr, enter_sh, enter_sw, enter_sx, enter_sz,
     leave_ptr, leave_sh, leave_sw, logs_ptr,
     scale, unit, H, S, x_share, y_share, z_share, own_share,
@@ -63,7 +46,12 @@ def sweep_kernel(
     PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr, BULK: tl.constexpr, OUT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, STATE_DTYPE: tl.constexpr, STATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x, y, z and out: tensor descriptors of tiles (1, 1, CHUNK, columns) if BULK, else pointers with strides.
+    """One program: one slice of the columns of z, one segment of one head; first and second pass alike.
+
+    x, y, z, own and out: tensor descriptors of tiles (1, 1, CHUNK, columns) if BULK, else pointers with strides.
+    `starts_ptr`: where packed sequences start, or None.
+
+    With `own`, which is q in the sweep of dq and k in that of dk, the terms of d log_decay are left: see triton_decay.
 
     `unit`: what the state is divided by while a reverse sweep holds it, so that the scale, which belongs to its sum,
     need not be folded into half-precision operands, where small gradients would underflow: scale, or 1 if scale is 0.
@@ -73,51 +61,49 @@ def sweep_kernel(
     part = pid % slices
     segment = (pid // slices) % launched + first_segment
     bh = pid // (slices * launched)
-    heads = tl.num_programs(0) // (slices * launched)
-    b = bh // H
     h = bh % H
+    b, start, length, rows_before, chunks_before = sequence_of(starts_ptr, bh, H, S, slices, CHUNK)
     a = tl.arange(0, CHUNK)
     dx = tl.arange(0, BLOCK_X)
     dz = part * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    in_z = dz < DZ
-    in_state = in_z[:, None] & (dx < DX)[None, :]
+    in_state = (dz < DZ)[:, None] & (dx < DX)[None, :]
 
     state = tl.zeros((BLOCK_Z, BLOCK_X), dtype=tl.float32)
     if OUTPUT and enter_ptr is not None:
-        at_enter = _address(
+        at_enter = address(
             enter_ptr, enter_sh, enter_sw, enter_sx, enter_sz, bh, segment, dx[None, :], dz[:, None]
         )
         state = tl.load(at_enter, mask=in_state, other=0.0)
         if REVERSE:
             state = state / unit
+    decays_before = offset(bh if starts_ptr is None else h, decay_stride) + start
     g = head_decay(high_ptr, decay_stride, h, PER_TOKEN)
     decayed = 0.0
 
     first = segment * chunks_each
-    count = tl.minimum(chunks_each, tl.cdiv(S, CHUNK) - first)
+    count = tl.minimum(chunks_each, tl.cdiv(length, CHUNK) - first)
     begin = 0
     if not OUTPUT and high_ptr is not None and not PER_TOKEN:
         # What fades below the least fp32 number before its segment ends is not read.
         rows = 1.0 / tl.maximum(-g, 1e-6) * _FADED
         begin = tl.maximum(count - tl.ceil(rows / CHUNK).to(tl.int32), 0)
         decayed = g * begin * CHUNK
+    end = start + length
     for i in range(begin, count):
         chunk = first + (count - 1 - i if REVERSE else i)
         row = chunk * CHUNK
-        live = row + a < S
-        y = _load_rows(
-            y_ptr, y_sb, y_sh, y_ss, y_sd, b, h // y_share, row, 0, S, DX, CHUNK, BLOCK_X, BULK
+        at = start + row
+        y = load_rows(
+            y_ptr, y_sb, y_sh, y_ss, y_sd, b, h // y_share, at, 0, end, DX, CHUNK, BLOCK_X, BULK
         )  # fmt: skip
-        z = _load_rows(
-            z_ptr, z_sb, z_sh, z_ss, z_sd, b, h // z_share, row, part * BLOCK_Z, S, DZ, CHUNK, BLOCK_Z, BULK
+        z = load_rows(
+            z_ptr, z_sb, z_sh, z_ss, z_sd, b, h // z_share, at, part * BLOCK_Z, end, DZ, CHUNK, BLOCK_Z, BULK
         )
 
         # Log decay since the state entered the chunk, until it leaves, and over the whole chunk of m real rows.
-        m = tl.minimum(S - row, CHUNK)
-        high, low = running_decay(high_ptr, low_ptr, decay_stride, bh, chunk, a, PER_TOKEN, CHUNK)
-        last_high, last_low = running_decay(
-            high_ptr, low_ptr, decay_stride, bh, chunk, m - 1, PER_TOKEN, CHUNK
-        )  # fmt: skip
+        m = tl.minimum(length - row, CHUNK)
+        high, low = running_decay(high_ptr, low_ptr, decays_before + row, a, PER_TOKEN)
+        last_high, last_low = running_decay(high_ptr, low_ptr, decays_before + row, m - 1, PER_TOKEN)
         since = g * (a + 1) + (high + low)
         until = g * tl.maximum(m - 1 - a, 0) + ((last_high - high) + (last_low - low))
         total = g * m + (last_high + last_low)
@@ -125,43 +111,39 @@ def sweep_kernel(
         fade = tl.exp2(since) * (scale / unit) if REVERSE else tl.exp2(until)
         faded = (y.to(tl.float32) * fade[:, None]).to(y.dtype)
         if OUTPUT:
-            x = _load_rows(
-                x_ptr, x_sb, x_sh, x_ss, x_sd, b, h // x_share, row, 0, S, DX, CHUNK, BLOCK_X, BULK
+            x = load_rows(
+                x_ptr, x_sb, x_sh, x_ss, x_sd, b, h // x_share, at, 0, end, DX, CHUNK, BLOCK_X, BULK
             )  # fmt: skip
             scores = tl.dot(y, tl.trans(x), input_precision=PRECISION)
             out = tl.dot(
                 state.to(STATE_DTYPE), tl.trans(x).to(STATE_DTYPE), input_precision=STATE_PRECISION
             )  # fmt: skip
             out *= (tl.exp2(until) * unit if REVERSE else tl.exp2(since) * scale)[None, :]
-            weights = pair_weights(a, g, high, low, PER_TOKEN, REVERSE, own_ptr is not None) * scale
-            out = tl.dot(tl.trans(z), (scores * weights).to(z.dtype), out, input_precision=PRECISION)
+            scores *= pair_weights(a, g, high, low, PER_TOKEN, REVERSE) * scale
             if own_ptr is not None:
-                # A token's pair with itself weighs the same in both gradients: left out, so as not to cancel later.
-                at_own = _address(
-                    own_ptr,
-                    own_sb,
-                    own_sh,
-                    own_ss,
-                    own_sd,
-                    b,
-                    h // own_share,
-                    (row + a)[None, :],
-                    dz[:, None],
-                )
-                own = tl.load(at_own, mask=in_z[:, None] & live[None, :], other=0.0).to(tl.float32)
-                tl.store(
-                    dots_ptr + offset(part * heads + bh, S) + row + a, tl.sum(out * own, axis=0), mask=live
-                )
-                itself = tl.sum(tl.where(a[:, None] == a[None, :], scores * scale, 0.0), axis=0)
-                out += itself[None, :] * tl.trans(z).to(tl.float32)
-            rounded = tl.trans(out.to(OUT_DTYPE))
-            if BULK:
-                out_ptr.store([b, h, row, part * BLOCK_Z], rounded.reshape(1, 1, CHUNK, BLOCK_Z))
-            else:
-                at_out = _address(
-                    out_ptr, out_sb, out_sh, out_ss, out_sd, b, h, (row + a)[:, None], dz[None, :]
-                )
-                tl.store(at_out, rounded, mask=live[:, None] & in_z[None, :])
+                # out holds what passes between this chunk and those before it (in reverse: after it).
+                own = load_rows(
+                    own_ptr, own_sb, own_sh, own_ss, own_sd, b, h // own_share, at, part * BLOCK_Z, end, DZ,
+                    CHUNK, BLOCK_Z, BULK,
+                )  # fmt: skip
+                passed = tl.sum(out * tl.trans(own).to(tl.float32), axis=0)
+                at_state = states_ptr + (chunks_before + chunk) * (DX * DZ)
+                at_state += dz[:, None] * DX + dx[None, :]
+                if REVERSE:
+                    entered = tl.load(at_state, mask=in_state, other=0.0).to(tl.float32)
+                    through = tl.sum(entered * state) * unit * tl.exp2(total)
+                    terms = reverse_terms(passed, through, a)
+                else:
+                    tl.store(at_state, state.to(states_ptr.dtype.element_ty), mask=in_state)
+                    terms = forward_terms(
+                        passed, scores * tl.dot(z, tl.trans(own), input_precision=PRECISION), a
+                    )  # fmt: skip
+                tl.store(terms_ptr + offset(part, terms_stride) + rows_before + row + a, terms, mask=a < m)
+            out = tl.dot(tl.trans(z), scores.to(z.dtype), out, input_precision=PRECISION)
+            store_rows(
+                out_ptr, out_sb, out_sh, out_ss, out_sd, b, h, at, part * BLOCK_Z, end, DZ,
+                tl.trans(out.to(OUT_DTYPE)), CHUNK, BLOCK_Z, BULK,
+            )  # fmt: skip
 
         state = tl.dot(tl.trans(z), faded, state * tl.exp2(total), input_precision=PRECISION)
         decayed += total

@@ -6,6 +6,7 @@ are those that compile for sm_90 with hardly a register spilled.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -18,6 +19,12 @@ MOST_SEGMENTS = 128
 
 #: Chunks that a segment has at least: fewer are not worth a state that travels through memory.
 LEAST_CHUNKS = 4
+
+#: Columns per program at most.
+WIDEST = 128
+
+#: The same of a sweep that leaves terms of d log_decay: it holds a tile more.
+WIDEST_WITH_TERMS = 64
 
 #: Pieces in which the first pass sums up a segment: twice as many programs as the second pass has.
 PIECES = 2
@@ -38,17 +45,25 @@ class Tiles:
     pieces: int = 1
 
 
-def chunk_rows(length: int, width: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk for sequences of `length`, the wider of D and Dv being `width`."""
+def chunk_rows(length: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk for sequences of `length`."""
     if dtype == torch.float32:
         return 16
     return min(64, next_power_of_two(length))
 
 
+@cache
 def choose_tiles(
-    heads: int, length: int, dx: int, dz: int, dtype: torch.dtype, chunk: int, processors: int
+    heads: int,
+    length: int,
+    dx: int,
+    dz: int,
+    dtype: torch.dtype,
+    chunk: int,
+    processors: int,
+    widest: int = WIDEST,
 ) -> Tiles:
-    """Tiles for `heads` = B * H sequences on a device with `processors` multiprocessors.
+    """Tiles for `heads` = B * H sequences on a device with `processors` multiprocessors, `widest` columns at most.
 
     Of all shapes of programs and numbers of segments, what moves the least through memory for how well it fills the
     device; of equals the first, which has the widest programs.
@@ -58,6 +73,7 @@ def choose_tiles(
     candidates = [
         replace(tiles, segments=2**i, pieces=PIECES)
         for tiles in _programs(dx, dz, dtype, chunk)
+        if tiles.columns <= widest
         for i in range(allowed.bit_length())
     ]
     return min(candidates, key=lambda tiles: _relative_time(tiles, heads, dz, processors))
@@ -80,7 +96,7 @@ def _programs(dx: int, dz: int, dtype: torch.dtype, chunk: int) -> list[Tiles]:
     narrow = Tiles(chunk, min(most, 64), 1, warps=4, stages=3)
     if dtype == torch.float16 or most <= 64:
         return [narrow]
-    return [Tiles(chunk, min(most, 128), 1, warps=8, stages=3), narrow]
+    return [Tiles(chunk, min(most, WIDEST), 1, warps=8, stages=3), narrow]
 
 
 def _relative_time(tiles: Tiles, heads: int, dz: int, processors: int) -> float:
