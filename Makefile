@@ -18,7 +18,7 @@ MUTANTS     ?= 60000
 PROFILE     := $(if $(CI),ci,dev)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench gpu deep setup format
+.PHONY: help run test check bench coverage gpu deep setup format
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: $(INSTALLED) $(WEIGHTS)  ## every benchmark; writes benchmarks/results/*.
 		case $$script in *_gpu.py) $(HAS_GPU) || { echo "left out: no CUDA device is here"; continue; };; esac; \
 		$(BIN)/python "$$script"; \
 	done
+
+coverage: $(INSTALLED)  ## sites found in every architecture; goes on where it was interrupted; writes docs/coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --jobs $(WORKERS)
 
 format: $(INSTALLED)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

@@ -9,13 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule
 
 from attnopt import breaks
-from attnopt.buffers import offer
+from attnopt.buffers import note_on, offer, offer_noted
 from attnopt.errors import OptionError, StrictError, UnsupportedError
-from attnopt.guards import Guarded, Holds, guards_of
+from attnopt.guards import Either, Guarded, Holds, Noting, guards_of, notes_of
 from attnopt.options import Options
+from attnopt.passes.mask_handed import forms_made
 from attnopt.pipeline import Edit, Outcome, optimise
 from attnopt.premises import premises
 from attnopt.report import Report
@@ -48,25 +51,62 @@ def attnopt(
 
     Raises OptionError, and StrictError with `strict=True`; everything else falls back to the untouched graph.
     """
+    from torch._dynamo.exc import RestartAnalysis
+
     chosen = Options.parse(options)
     if mode not in (None, "default"):
         raise OptionError(f"mode={mode!r} is not an option of this backend; wanted none, or 'default'")
-    original = copy.deepcopy(module) if chosen.verify in _AT_RUN_TIME else None
-    before = _snapshot(module.graph) if offer(module, inputs) else None
-    report, edits = rewrite_graph(module, chosen, gradient=torch.is_grad_enabled())
+    spare = _copied(module) if any(note_on(value) is not None for value in inputs) else None
+    offer_noted(module, inputs)
+    work = _Work(module, inputs, chosen)
+    report, edits = work.rewritten()
     report = with_graph_breaks(report, breaks.of_graph(module))
     keep(report)
     if chosen.strict:
         check_strict(report)
-    compiled = _compile_rest(module, inputs, chosen)
-    if original is not None and edits:
-        compiled = Watched(compiled, original, edits, chosen)
-    guards: list[Holds] = [*guards_of(module), *premises(module, edits)] if edits else []
-    return (
-        Guarded(compiled, GraphModule(module, before), guards) if before is not None and guards else compiled
-    )
+    try:
+        compiled = work.compiled(edits)
+        notes = notes_of(module) if edits else []
+        if notes and spare is not None:
+            plain = _Work(spare, inputs, chosen)
+            compiled = Either(compiled, plain.compiled(plain.rewritten()[1]), notes)
+    except RestartAnalysis:  # Dynamo traces the function once more, and asks again
+        _forget(report)
+        raise
+    proven = module.meta.get(PROVEN)
+    return Noting(compiled, proven) if proven else compiled
 
 
+class _Work:
+    """One graph on its way. original, before: as it was, for checks at run time."""
+
+    def __init__(self, module: GraphModule, inputs: Sequence[Any], options: Options) -> None:
+        self.module, self.inputs, self.options = module, inputs, options
+        self.original = copy.deepcopy(module) if options.verify in _AT_RUN_TIME else None
+        self.before = _snapshot(module.graph) if offer(module, inputs) else None
+
+    def rewritten(self) -> tuple[Report, tuple[Edit, ...]]:
+        return rewrite_graph(self.module, self.options, gradient=torch.is_grad_enabled())
+
+    def compiled(self, edits: tuple[Edit, ...]) -> Compiled:
+        """What runs it, behind the checks that what was read of it needs."""
+        compiled = _compile_rest(self.module, self.inputs, self.options)
+        if self.original is not None and edits:
+            compiled = Watched(compiled, self.original, edits, self.options)
+        guards: list[Holds] = [*guards_of(self.module), *premises(self.module, edits)] if edits else []
+        if self.before is None or not guards:
+            return compiled
+        return Guarded(compiled, GraphModule(self.module, self.before), guards)
+
+
+def _copied(module: GraphModule) -> GraphModule:
+    copied = copy.deepcopy(module)
+    copied.graph = _snapshot(module.graph)
+    return copied
+
+
+#: Key in the metadata of a graph: what was proven of its results.
+PROVEN = "attnopt_proven"
 _AT_RUN_TIME = ("first", "sample", "always")
 
 
@@ -76,12 +116,15 @@ def rewrite_graph(
     """Rewrites `module` in place and reports; on any failure puts every graph back as it was and reports that.
 
     gradient: whether autograd will follow. Tracing is not thread-safe: one graph at a time, under torch's own lock.
+    What the passes compute is no part of the model: where a checkpoint is around it, its hooks must not see tensors
+    that are saved here.
     """
     from torch._dynamo.convert_frame import compile_lock
 
     saved = [(body, _snapshot(body.graph)) for body in _all_graphs(module)]
     try:
-        with compile_lock:
+        with compile_lock, saved_tensors_hooks(_as_it_is, _as_it_is):
+            module.meta[PROVEN] = forms_made(module)
             outcome = optimise(module, options, gradient=gradient)
     except Exception as problem:  # noqa: BLE001 - fail closed: a bug here must never break the user's model
         _restore(saved)
@@ -89,6 +132,10 @@ def rewrite_graph(
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return make_report(Outcome((), ()), options, warnings=(message,)), ()
     return make_report(outcome, options), outcome.edits
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _told(problem: Exception) -> str:
@@ -112,6 +159,13 @@ def keep(report: Report) -> None:
     """Adds a report to the history."""
     with _lock:
         _history.append(report)
+
+
+def _forget(report: Report) -> None:
+    with _lock:
+        kept = [other for other in _history if other is not report]
+        _history.clear()
+        _history.extend(kept)
 
 
 def reports() -> tuple[Report, ...]:

@@ -2,6 +2,9 @@
 
 torch.compile passes them to the graph like any other input, and nobody promises that they stay as they are. What is
 proven from their values therefore holds only as long as a run-time check says so (attnopt.guards).
+
+A mask that one compiled graph hands to another, because Dynamo broke the function in between, is an input like these:
+the graph that made it has noted on it what it proved of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +17,23 @@ from torch.fx import GraphModule
 
 #: Key in the metadata of a graph input that a module holds.
 BUFFER = "attnopt_buffer"
+#: Attribute of a tensor that one compiled graph hands to another.
+NOTE = "_attnopt_note"
 #: A tensor with more elements is no mask: it would have to be looked at as a whole.
 LARGEST = 1 << 24
 
 
 @dataclass(slots=True)
 class Buffer:
-    """value: as it is while compiling. place: of the graph's inputs. read: whether something was proven from it."""
+    """value: as it is while compiling. place: of the graph's inputs. read: whether something was proven from it.
+
+    handed: what the compiled graph that made it has proven of it; None for what a module holds.
+    """
 
     value: Tensor
     place: int
     read: bool = False
+    handed: object = None
 
 
 def offer(module: GraphModule, inputs: Sequence[Any]) -> bool:
@@ -38,12 +47,35 @@ def offer(module: GraphModule, inputs: Sequence[Any]) -> bool:
     return any(BUFFER in node.meta for node in placeholders)
 
 
+def offer_noted(module: GraphModule, inputs: Sequence[Any]) -> None:
+    """Notes the inputs of which another compiled graph has proven something."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for place, (node, value) in enumerate(zip(placeholders, inputs, strict=False)):
+        proven = note_on(value)
+        if proven is not None:
+            node.meta[BUFFER] = Buffer(value, place, handed=proven)
+
+
 def buffers_read(module: GraphModule) -> Iterator[Buffer]:
     """The buffers from which something was proven."""
     for node in module.graph.nodes:
         buffer = node.meta.get(BUFFER)
         if node.op == "placeholder" and buffer is not None and buffer.read:
             yield buffer
+
+
+def write_note(value: Any, proven: object) -> None:
+    """Notes on a tensor what is proven of its elements as they are now."""
+    if type(value) is Tensor and not value.is_inference():
+        setattr(value, NOTE, (value._version, proven))
+
+
+def note_on(value: Any) -> object:
+    """What is noted on a tensor; None if nothing is, or it was written to since."""
+    if type(value) is not Tensor or value.is_inference():
+        return None
+    version, proven = getattr(value, NOTE, (None, None))
+    return proven if version == value._version else None
 
 
 def _is_held(meta: Mapping[str, Any]) -> bool:

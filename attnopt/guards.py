@@ -9,14 +9,14 @@ the memory) are not seen; torch.compile's own treatment of constants has the sam
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, UntypedStorage
 from torch.fx import GraphModule
 
-from attnopt.buffers import Buffer, buffers_read
+from attnopt.buffers import Buffer, buffers_read, note_on, write_note
 from attnopt.passes.mask_literals import Form, form_of
 
 #: So many tensors are remembered for each buffer: layers that share compiled code.
@@ -97,9 +97,54 @@ class Guarded:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """The argument at `place` carries the note `proven`: the compiled graph that made it has proven that of it."""
+
+    place: int
+    proven: object
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        """Whether it does, and was not written to since."""
+        return note_on(args[self.place]) == self.proven
+
+
+@dataclass(frozen=True, slots=True)
+class Noting:
+    """A compiled graph that notes on some of its results what is proven of them. proven: place -> the note."""
+
+    compiled: Callable[..., Any]
+    proven: Mapping[int, object]
+
+    def __call__(self, *args: Any) -> Any:
+        """The graph's results."""
+        results = self.compiled(*args)
+        for place, proven in self.proven.items():
+            write_note(results[place], proven)
+        return results
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """A graph compiled twice: as it may be where all `notes` are there, and as it may be where they are not."""
+
+    noted: Callable[..., Any]
+    plain: Callable[..., Any]
+    notes: Sequence[Note]
+
+    def __call__(self, *args: Any) -> Any:
+        """The graph's results."""
+        return (self.noted if all(note.holds(args) for note in self.notes) else self.plain)(*args)
+
+
 def guards_of(module: GraphModule) -> list[Guard]:
-    """A guard for each buffer of the graph from which something was proven."""
-    return [_guard(buffer) for buffer in buffers_read(module)]
+    """A guard for each buffer of a module from which something was proven."""
+    return [_guard(buffer) for buffer in buffers_read(module) if buffer.handed is None]
+
+
+def notes_of(module: GraphModule) -> list[Note]:
+    """A check for each mask from another graph of which something was proven."""
+    return [Note(buffer.place, buffer.handed) for buffer in buffers_read(module) if buffer.handed is not None]
 
 
 def _guard(buffer: Buffer) -> Guard:

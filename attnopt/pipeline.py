@@ -14,6 +14,7 @@ from attnopt import locate, policy, verify
 from attnopt.options import Options
 from attnopt.passes import emit, splice
 from attnopt.passes.autograd import check_gradients
+from attnopt.passes.settle import settle
 from attnopt.passes.sizes import hint
 from attnopt.reading import Found, read
 from attnopt.registry import expansions, kernels, rules
@@ -151,9 +152,9 @@ class _Pass:
             return replace(report, verdict="kept", reason=site.needless, error=check.error, kernel=None)
         try:
             with self.clock.measure("splice"):
-                splice.splice(
-                    shadow, site, splice.trace_call(shadow, site, choice.spec, choice.kernel.run), values
-                )
+                traced = splice.trace_call(shadow, site, choice.spec, choice.kernel.run)
+                settle(shadow, found.site, site)
+                splice.splice(shadow, site, traced, values)
         except Reject as reject:
             return replace(report, verdict="refused", reason=reject.reason, kernel=None)
         edits.append(Edit(shadow, site, choice.spec, choice.kernel, number))

@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 
 from attnopt.mask import BOTTOM_RIGHT, And, Causal, First, Mask, Opaque, Or, Window, band
 from attnopt.options import Options
-from attnopt.rule import Kernel, SiteMeta
+from attnopt.rule import Cost, Kernel, SiteMeta
 from attnopt.spec import AttentionSpec, EmptyRow, Sparse, unread_fields
 
 
@@ -131,8 +132,21 @@ def _serve(site: SiteMeta, kernels: Iterable[Kernel], *, exact: bool) -> Choice:
                 reasons.append(f"{kernel.name}: {reason}")
     if not able:
         return Choice(None, site.spec, "; ".join(reasons) or "no kernel is allowed", exact)
-    kernel, words = min(able, key=lambda pair: (pair[0].cost(pair[1]).effort, pair[0].name))
+    kernel, words = min(
+        able, key=lambda pair: (pair[0].cost(pair[1]).effort + _held(site, pair[1]), pair[0].name)
+    )
     return Choice(kernel, words.spec, "", exact)
+
+
+def _held(site: SiteMeta, words: SiteMeta) -> float:
+    """What it takes to write and read the tensors of a bias that the site knows by its slopes alone.
+
+    The graph makes them for such sites only; of long sequences they are the largest tensors there are.
+    """
+    if site.spec.alibi is None or words.spec.alibi is not None:
+        return 0.0
+    held = [words.operands[name] for name in words.spec.bias if name not in site.operands]
+    return Cost(sum(2.0 * prod(x.shape) * x.dtype.itemsize for x in held), 0.0).effort
 
 
 def _refusal(kernel: Kernel, site: SiteMeta, *, exact: bool) -> str | None:

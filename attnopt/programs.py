@@ -11,10 +11,11 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec
 from torch.fx import GraphModule, Node
 
 from attnopt.approximation import measure
-from attnopt.backend import check_strict, keep, rewrite_graph
+from attnopt.backend import PROVEN, check_strict, keep, rewrite_graph
 from attnopt.breaks import Listener
-from attnopt.buffers import offer
+from attnopt.buffers import offer, offer_noted
 from attnopt.errors import UnsupportedError
+from attnopt.guards import Noting
 from attnopt.options import Options
 from attnopt.report import Report, merge
 from attnopt.report_text import count, summary
@@ -93,8 +94,10 @@ def explain(model: Callable[..., Any], *args: Any, options: Settings = None, **k
 
     def look(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         offer(module, inputs)
-        found.append(rewrite_graph(copy.deepcopy(module), chosen, gradient=torch.is_grad_enabled())[0])
-        return module.forward
+        offer_noted(module, inputs)
+        copied = copy.deepcopy(module)
+        found.append(rewrite_graph(copied, chosen, gradient=torch.is_grad_enabled())[0])
+        return Noting(module.forward, copied.meta.get(PROVEN) or {})
 
     torch._dynamo.reset()  # forgets the earlier breaks too
     listener = Listener()

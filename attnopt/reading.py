@@ -78,7 +78,7 @@ def _read_one(node: Node, shadow: Shadow, asked: Sequence[Rule]) -> Found | None
     rejects: list[tuple[Reject, str]] = []
     for rule in asked:
         try:
-            sites.append(rule.read(node, shadow))
+            sites.append(_outside(shadow, rule.read(node, shadow)))
         except Reject as reject:
             rejects.append((reject, rule.name))
     sites = [
@@ -91,3 +91,16 @@ def _read_one(node: Node, shadow: Shadow, asked: Sequence[Rule]) -> Found | None
         return Found(node, sites[0])
     furthest, name = max(rejects, key=lambda pair: pair[0].depth)
     return None if furthest.depth < 0 else Found(node, None, furthest, name)
+
+
+def _outside(shadow: Shadow, site: Site) -> Site:
+    """The site, unless it would have to be put where torch.vmap runs: what is computed there belongs to it."""
+    inside = {site.root, *site.interior} if site.body else {site.root}
+    if not inside & shadow.vmapped:
+        return site
+    raise Reject(
+        "it is computed inside torch.vmap, whose values no call can take; write the batch as a dimension, or compile "
+        "the function that torch.vmap runs",
+        site.root,
+        depth=99,
+    )

@@ -5,44 +5,29 @@ operators have become overloads); editing happens on the original graph. It is t
 mode, so nothing is computed and symbolic sizes stay symbolic.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.utils import _pytree as pytree
 
 from attnopt.buffers import BUFFER
 from attnopt.errors import UnsupportedError
-from attnopt.shadow_bodies import (
-    NOTHING,
-    Around,
-    body_of,
-    is_alike,
-    is_call,
-    operands,
-    placeholders,
-    region,
-    replay,
-    sub_graphs,
-)
+from attnopt.shadow_bodies import NOTHING, Around, is_alike, is_call, placeholders, replay, sub_graphs
 from attnopt.shadow_effects import mutates, reads, written
+from attnopt.shadow_runner import Expansions, Runner
 from attnopt.shadow_triage import check_plain, check_readable
+from attnopt.shadow_vmap import Region as Vmapped
+from attnopt.shadow_vmap import regions_of
 
 __all__ = ["Expansions", "Shadow", "fake_mode", "fake_value", "mutates", "sub_graphs", "trace", "written"]
-
-#: Operator -> whether it may be spelled out with these arguments, and how.
-Expansions = Mapping[Any, tuple[Callable[..., bool], Callable[..., Any]]]
-
-#: The arguments of an autocast region, and the region.
-Region = tuple[tuple[Any, ...], torch.amp.autocast_mode.autocast]
 
 #: Key in the metadata of a graph input whose value is a constant of the program.
 CONSTANT = "attnopt_constant"
@@ -56,6 +41,7 @@ class Shadow:
     (the first one). outputs: original node -> its value, a pytree with shadow nodes as leaves. origin: shadow node
     -> the original node during which it was traced. live: nodes that the outputs, or a mutation, depend on. results:
     nodes that the graph returns. regions: call of a higher-order operator -> the autocast regions it stands in.
+    vmapped: nodes for what the original graph computes under torch.vmap, where nothing can be put.
     """
 
     original: GraphModule
@@ -67,6 +53,7 @@ class Shadow:
     live: frozenset[Node]
     results: frozenset[Node]
     regions: Mapping[Node, tuple[tuple[Any, ...], ...]] = field(default_factory=dict)
+    vmapped: frozenset[Node] = frozenset()
 
     def users(self, node: Node) -> list[Node]:
         """Nodes that use the value, not only its shape, and matter to the graph's outputs."""
@@ -82,6 +69,8 @@ class Shadow:
         origin = self.origin.get(node)
         if origin is None:
             return node.op == "call_function"
+        if origin.target is torch.ops.higher_order.scan:
+            return False  # spelled out as a loop, or not entered at all
         return is_call(origin) or (origin.op == "placeholder" and node.op == "call_function")
 
 
@@ -104,7 +93,9 @@ def trace(module: GraphModule, expansions: Expansions | None = None, around: Aro
             f"graph inputs {', '.join(missing)} have no example values in their metadata; attnopt reads graphs "
             "that torch.compile or torch.export made"
         )
-    recorder = _Recorder(module, expansions or {}, around)
+    with fake_mode(inputs):
+        vmapped = regions_of(module, around.regions)
+    recorder = _Recorder(module, expansions or {}, around, vmapped)
     with fake_mode(inputs), fx_traceback.preserve_node_meta():
         shadow = make_fx(recorder.record, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     return _link(module, shadow, recorder)
@@ -125,56 +116,13 @@ def fake_mode(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
     return modes[0] if modes else nullcontext()
 
 
-class _Runner(Interpreter):
-    """Runs a graph with its autocast regions in force, through the bodies of higher-order operators.
-
-    regions: those in force, each with its arguments; shared with the bodies.
-    """
-
-    def __init__(self, module: GraphModule, expansions: Expansions, regions: list[Region]) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.expansions = expansions
-        self.regions = regions
-
-    def enter(self, args: tuple[Any, ...]) -> Any:
-        """Begins a region: the tracer would only note the call, and values would not have their true dtypes."""
-        opened = torch.amp.autocast_mode.autocast(*args)
-        opened.__enter__()
-        self.regions.append((args, opened))
-        return opened
-
-    def leave(self, depth: int) -> None:
-        """Ends the innermost regions, until so many are left."""
-        while len(self.regions) > depth:
-            self.regions.pop()[1].__exit__(None, None, None)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.amp.autocast_mode._enter_autocast:
-            return self.enter(args)
-        if target is torch.amp.autocast_mode._exit_autocast:
-            return self.leave(len(self.regions) - 1)
-        place = body_of(args) if isinstance(target, HigherOrderOperator) else None
-        if place is not None:
-            return self._run_body(args[place], operands(args[place + 1 :]), region(target, args))
-        allowed, expansion = self.expansions.get(target, (None, None))
-        if allowed is not None and expansion is not None and allowed(*args, **kwargs):
-            return expansion(*args, **kwargs)
-        return super().call_function(target, args, kwargs)
-
-    def _run_body(self, body: GraphModule, args: list[Any], own: tuple[Any, ...] | None) -> Any:
-        depth = len(self.regions)
-        if own is not None:
-            self.enter(own)
-        value = _Runner(body, self.expansions, self.regions).run(*args)
-        self.leave(depth)
-        return value
-
-
-class _Recorder(_Runner):
+class _Recorder(Runner):
     """Runs the original graph node by node and keeps each node's value."""
 
-    def __init__(self, module: GraphModule, expansions: Expansions, around: Around) -> None:
-        super().__init__(module, expansions, [])
+    def __init__(
+        self, module: GraphModule, expansions: Expansions, around: Around, vmapped: Mapping[Node, Vmapped]
+    ) -> None:
+        super().__init__(module, expansions, [], vmapped)
         self.around = around
         self.inputs = placeholders(module)
         self.nodes = list(module.graph.nodes)
@@ -236,7 +184,8 @@ def _link(module: GraphModule, shadow: GraphModule, recorder: _Recorder) -> Shad
     results = _results(module, outputs)
     order = {n: i for i, n in enumerate(shadow.graph.nodes)}
     live = _live(shadow.graph, results)
-    return Shadow(module, shadow, value_of, outputs, origin, order, live, results, recorder.standing)
+    vmapped = frozenset(n for n, source in origin.items() if source in recorder.hidden)
+    return Shadow(module, shadow, value_of, outputs, origin, order, live, results, recorder.standing, vmapped)
 
 
 def _copy_constants(module: GraphModule, shadow: GraphModule) -> None:

@@ -61,11 +61,23 @@ def check_readable(module: GraphModule) -> None:
     """Raises UnsupportedError for a graph that cannot be traced by itself, naming the line and what to do."""
     for node in module.graph.nodes:
         owner = getattr(node.target, "__module__", None) or ""
-        if owner.startswith("torch._functorch") and node.op == "call_function":
+        is_transform = owner.startswith(_TRANSFORMS) and node.op == "call_function"
+        if is_transform and name_of(node.target) not in _VMAP:
             raise UnsupportedError(
-                f"torch.func (vmap, grad, jvp) is used inside the compiled function{_line(node)}, and its inner "
-                "values belong to it alone. Compile the function that torch.func transforms instead"
+                f"torch.func (grad, jvp, functionalize) is used inside the compiled function{line_of(node)}, and its "
+                "inner values belong to it alone. Compile the function that torch.func transforms instead"
             )
+
+
+def nesting(node: Node) -> int:
+    """1 for a node that opens a torch.vmap, -1 for one that closes it, else 0."""
+    return _NESTING.get(name_of(node.target), 0) if node.op == "call_function" else 0
+
+
+_TRANSFORMS = ("torch._functorch", "torch._C._functorch")
+_NESTING = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
+#: What torch.vmap leaves in a graph.
+_VMAP = frozenset({*_NESTING, "_add_batch_dim", "_remove_batch_dim", "lazy_load_decompositions"})
 
 
 def check_plain(node: Node, value: object) -> None:
@@ -73,11 +85,12 @@ def check_plain(node: Node, value: object) -> None:
     for leaf in pytree.tree_leaves(value):
         if is_traceable_wrapper_subclass(leaf):
             raise UnsupportedError(
-                f"{node.name} is a {type(leaf).__name__}{_line(node)}: tensor subclasses are left to the inner "
+                f"{node.name} is a {type(leaf).__name__}{line_of(node)}: tensor subclasses are left to the inner "
                 "compiler. Convert to plain tensors before the attention, or compile the part that has plain ones"
             )
 
 
-def _line(node: Node) -> str:
+def line_of(node: Node) -> str:
+    """The user's line in brackets, for a message; nothing where it is not known."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
     return f" ({frames[-1]})" if frames else ""

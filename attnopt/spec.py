@@ -5,8 +5,9 @@ from enum import Enum
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from attnopt.mask import FULL, Mask
+from attnopt.mask import FULL, TOP_LEFT, Length, Mask
 
 
 class EmptyRow(Enum):
@@ -31,6 +32,30 @@ class Decay(Enum):
     NONE = "none"
     PER_HEAD = "per head"  # operand log_decay (H,)
     PER_TOKEN = "per token"  # operand log_decay (B, H, S); the state is scaled before token t is added
+
+
+@dataclass(frozen=True, slots=True)
+class Alibi:
+    """A bias that is linear in the distance (Press et al. 2022, arXiv:2108.12409): slopes * (j - i - offset).
+
+    The operand `slopes`, (H,) or (B, H), holds a number of any sign for each head. symmetric:
+    -slopes * |j - i - offset| instead.
+    """
+
+    offset: Length = TOP_LEFT
+    symmetric: bool = False
+
+    def dense(self, slopes: Tensor, sq: int, sk: int) -> Tensor:
+        """The bias as a tensor (B or 1, H, Sq, Sk) in the dtype of the slopes: the definition of what it means."""
+        i, j = (torch.arange(n, device=slopes.device) for n in (sq, sk))
+        distance = j[None, :] - (i[:, None] + self.offset.at(sq, sk))
+        distance = -distance.abs() if self.symmetric else distance
+        return slopes.reshape(-1, slopes.shape[-1], 1, 1) * distance.to(slopes.dtype)
+
+    def __str__(self) -> str:
+        offset = "" if self.offset == TOP_LEFT else str(self.offset)
+        said = [*filter(None, ("symmetric" if self.symmetric else "", offset))]
+        return f"alibi({', '.join(said)})" if said else "alibi"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +119,14 @@ class AttentionSpec:
     )
     sparse: Sparse | None = None  # never read from a graph: an approximation that the user asked for
     precision: Precision = Precision()
+    alibi: Alibi | None = None  # operand slopes, in at least fp32: one more bias, which no tensor holds
 
     def operand_names(self) -> tuple[str, ...]:
         """Every tensor that the site reads, in order; a kernel call must read exactly these."""
         named = [*self.mask.operand_names(), *self.bias]
         extra = [
-            ("sink_logits", self.sink_logits), ("log_decay", self.decay is not Decay.NONE),
-            ("initial_state", self.initial_state),
+            ("slopes", self.alibi is not None), ("sink_logits", self.sink_logits),
+            ("log_decay", self.decay is not Decay.NONE), ("initial_state", self.initial_state),
         ]  # fmt: skip
         return ("q", "k", "v", *named, *(name for name, there in extra if there))
 
@@ -137,6 +163,8 @@ def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901, PLR0912 - o
             return f"empty={value.value}"
         case "bias", (_, *_):
             return "bias" if len(value) == 1 else f"bias x{len(value)}"
+        case "alibi", Alibi():
+            return str(value)
         case "decay", Decay.PER_HEAD | Decay.PER_TOKEN:
             return f"decay {value.value}"
         case (("softcap" | "dropout"), float()) if value:

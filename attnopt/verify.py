@@ -130,12 +130,7 @@ def row_error(actual: Tensor, expected: Tensor) -> float:
 
 def without_casts(site: Site) -> Site:
     """The same site computing in whatever dtype its operands have."""
-    operands = {
-        name: replace(o, dtype=None, times=tuple(replace(t, dtype=None) for t in o.times))
-        if isinstance(o, Operand)
-        else o
-        for name, o in site.operands.items()
-    }
+    operands = {name: _widened(o) if isinstance(o, Operand) else o for name, o in site.operands.items()}
     wide = replace(emit.result_of(site), dtype=torch.float64)
     if site.state is None:
         return replace(site, operands=operands, result=wide)
@@ -143,6 +138,11 @@ def without_casts(site: Site) -> Site:
     return replace(
         site, operands=operands, result=wide, state=(node, replace(cast(Result, state), dtype=torch.float64))
     )
+
+
+def _widened(operand: Operand) -> Operand:
+    times, beside = (tuple(map(_widened, parts)) for parts in (operand.times, operand.beside))
+    return replace(operand, dtype=None, times=times, beside=beside)
 
 
 def _fits(site: Site, sizes: Concrete) -> bool:
@@ -185,7 +185,7 @@ def _lengths_of(mask: Mask) -> list[int]:
 def _lengths(site: Site, sizes: Concrete) -> dict[Axis, int]:
     """A concrete length for every axis."""
     roles = emit.result_of(site).roles
-    named = (roles.batch, roles.heads, roles.query, roles.key, roles.d, roles.dv)
+    named = (roles.batch, roles.heads, roles.query, roles.key, roles.d, roles.dv, roles.more)
     return {axis: sizes.of(axis.size) for axes in named for axis in axes}
 
 
@@ -218,7 +218,7 @@ def _value(
 ) -> Any:
     made = operand.node.meta["val"]
     if not isinstance(made, Tensor):
-        return 0.37
+        return 0.25 + float(torch.rand((), generator=generator))
     shape = [int(product(lengths[a] for a in axes)) for axes in operand.dims]
     if made.dtype == torch.bool:
         return _booleans(shape, family, generator, hides=operand.negated)

@@ -1,13 +1,14 @@
 """Coverage: what attnopt finds, rewrites and refuses in every architecture that builds, beside Inductor's own patterns.
 
     python benchmarks/coverage.py [--family F ...] [--mode M ...] [--only NAME ...] [--jobs N] [--full]
-                                  [--out FILE] [--merge]
+                                  [--out FILE] [--merge] [--publish]
 
 Tiny models with random weights, eager inner compiler; each model in a process of its own with limits on time and
 memory. Sites are counted without attnopt (coverage_count.py); outputs and, in training, the gradients of all parameters
-are compared with eager, fp64 being the arbiter. With no choice made the result goes to results/coverage.json,
-docs/coverage.md and docs/coverage.svg. Exit status 1: a result is wrong, attnopt crashed, a decoy was rewritten, or a
-site was left alone without a reason.
+are compared with eager, fp64 being the arbiter (coverage_compare.py). With no choice made the result goes to
+results/coverage.json, docs/coverage.md, docs/coverage.svg and the README's table. Rows are kept in .cache as they come,
+and a run that was interrupted goes on there if no source has changed. --publish only writes the pages anew. Exit status
+1: a result is wrong, attnopt crashed, a decoy was rewritten, or a site was left alone without a reason.
 """
 
 import argparse
@@ -31,25 +32,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import coverage_extra
+import coverage_page
 import coverage_report
 import coverage_subjects
 import coverage_zoo
 import torch
 from _record import RESULTS, write
+from coverage_journal import Journal, Task
 from coverage_measure import Row, measure
 from coverage_modes import PLAIN, Mode, committed, every_mode
-from coverage_subjects import Subject
 
-SECONDS, BYTES = 90, 14 << 30
+#: Of processor time for a mode; of waiting in addition; of memory.
+SECONDS, PATIENCE, BYTES = 120, 300, 14 << 30
 FAMILIES = (*coverage_zoo.FAMILIES, *coverage_extra.FAMILIES)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A subject, and the modes in which it is measured."""
-
-    subject: Subject
-    modes: tuple[Mode, ...]
 
 
 def tasks(families: Sequence[str], modes: Sequence[Mode], only: Sequence[str]) -> list[Task]:
@@ -97,7 +92,7 @@ class _Worker:
         process = context.Process(target=_work, args=(task, its))
         process.start()
         its.close()
-        return cls(task, process, mine, time.monotonic() + (SECONDS + 10) * len(task.modes))
+        return cls(task, process, mine, time.monotonic() + (PATIENCE + SECONDS) * len(task.modes))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that have arrived, and error rows for those that never will."""
@@ -131,21 +126,21 @@ def _work(task: Task, connection: Connection) -> None:
     """Runs in the child."""
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for the life of the process
-    signal.signal(signal.SIGALRM, _raise_timeout)
+    signal.signal(signal.SIGPROF, _raise_timeout)
     for mode in task.modes:
-        signal.alarm(SECONDS)
-        start = time.perf_counter()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process: the machine may be shared
+        start = time.process_time()
         try:
             row = measure(task.subject, mode)
-        except (OvertimeError, MemoryError) as problem:
+        except (OvertimeError, Exception) as problem:  # noqa: BLE001 - the row says what, the next mode goes on
             row = Row(
                 task.subject.family,
                 task.subject.name,
                 str(mode),
                 error=f"{type(problem).__name__}: {problem}",
             )
-        signal.alarm(0)
-        row.seconds["row"] = round(time.perf_counter() - start, 2)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        row.seconds["row"] = round(time.process_time() - start, 2)
         connection.send(row.to_dict())
 
 
@@ -158,28 +153,42 @@ def _raise_timeout(*_: object) -> None:
 
 
 def main() -> int:
-    """Measures, prints the table last."""
+    """Measures, writes, prints the table last."""
     given = _parser().parse_args()
-    quiet()
-    warm_up()
-    modes = every_mode() if given.full else [Mode.parse(text) for text in given.mode]
-    todo = tasks(given.family or FAMILIES, modes, given.only)
     path = Path(given.out) if given.out else RESULTS / "coverage.json"
-    start, rows = time.perf_counter(), []
-    for row in measure_all(todo, given.jobs):
-        rows.append(row)
-        print(coverage_report.line(row), flush=True)
-    payload = {
-        "seconds": round(time.perf_counter() - start),
-        "left_out": coverage_extra.left_out(),
-        "rows": _joined(_earlier(path) if given.merge else [], rows),
-    }
-    if given.out or given.merge or not (given.only or given.family or given.mode or given.full):
-        write("coverage", payload, path)
-    if path.parent == RESULTS and path.exists():
-        coverage_report.publish(path)
+    payload = json.loads(path.read_text()) if given.publish else measured(given, path)
+    if given.publish or given.out or given.merge or not _is_choosy(given):
+        if not given.publish:
+            write("coverage", payload, path)
+        if path.parent == RESULTS:
+            coverage_page.publish(path)
     print(coverage_report.table(payload))
+    print(coverage_page.readme(payload["rows"]))
     return coverage_report.status(payload)
+
+
+def _is_choosy(given: argparse.Namespace) -> bool:
+    """Whether only a part is measured: then nothing is written unless a file is named."""
+    return bool(given.only or given.family or given.mode or given.full)
+
+
+def measured(given: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """What is asked for; of it, what an interrupted run has left is not measured again."""
+    modes = every_mode() if given.full else [Mode.parse(text) for text in given.mode]
+    quiet()
+    journal = Journal.opened(f"{given.family} {given.mode} {given.only} {given.full}")
+    todo = journal.missing(tasks(given.family or FAMILIES, modes, given.only))
+    warm_up()
+    for row in measure_all(todo, given.jobs):
+        journal.add(row)
+        print(coverage_report.line(row), flush=True)
+    journal.path.unlink(missing_ok=True)
+    work = sum(row.get("seconds", {}).get("row", 0.0) for row in journal.rows)
+    return {
+        "seconds": round(work / given.jobs),
+        "left_out": coverage_extra.left_out(),
+        "rows": _joined(_earlier(path) if given.merge else [], journal.rows),
+    }
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:
@@ -221,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--full", action="store_true", help="every mode: hours")
     parser.add_argument("--out", help="where the JSON goes")
+    parser.add_argument("--publish", action="store_true", help="measure nothing, write the pages anew")
     parser.add_argument(
         "--merge", action="store_true", help="keep the rows of the file that are not measured anew"
     )

@@ -10,8 +10,9 @@ from typing import Any
 
 import coverage_count as count
 import torch
-from coverage_compare import Result, differences
+from coverage_compare import DRAWS, Result, differences, disproof
 from coverage_modes import DTYPES, Mode
+from coverage_rounding import Redrawn, Widened, in_double, widen
 from coverage_subjects import Prepared, Subject
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -42,13 +43,20 @@ class Row:
     breaks: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)
+    untouched: list[str] = field(
+        default_factory=list
+    )  # why a graph was left as it was, by attnopt's own decision
     notes: list[str] = field(default_factory=list)
+    proven: bool = False  # the rewritten program equals eager's in fp64
     seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""  # why there is nothing else in the row
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that say something."""
-        return {name: value for name, value in asdict(self).items() if value not in ({}, [], "", None)}
+        found = asdict(self).items()
+        return {
+            name: value for name, value in found if value is not False and value not in ({}, [], "", None)
+        }
 
 
 def measure(subject: Subject, mode: Mode, *, peers: bool = True) -> Row:
@@ -61,17 +69,62 @@ def measure(subject: Subject, mode: Mode, *, peers: bool = True) -> Row:
         return row
     held = _cast(held, DTYPES[mode.dtype])
     held.model.train(mode.training)
-    row.softmaxes, row.causal = _watched(held)
-    eager = run(held, held.model, mode)
+    wide = _wide(held)  # before it runs: some models keep tensors of their last run, which cannot be copied
+    try:
+        row.softmaxes, row.causal = _watched(held)
+        eager = run(held, held.model, mode)
+    except Exception as problem:  # noqa: BLE001 - no bf16 form, dropout in training, ...
+        row.error = f"eager itself fails: {type(problem).__name__}: {str(problem)[:200]}"
+        return row
     compiled = _compile(row, held, mode)
     if compiled is not None:
-        row.wrong = differences(compiled, eager, _exact(row, held, mode), DTYPES[mode.dtype])
-    if row.wrong and differences(run(held, held.model, mode), eager, None, DTYPES[mode.dtype]):
-        row.notes.append(f"not compared, eager is not repeatable: {row.wrong.pop()}")
-        row.wrong = []
+        _judge(row, held, wide, mode, compiled, eager)
     if peers:
         _ask_others(row, held, mode)
     return row
+
+
+def _judge(row: Row, held: Prepared, wide: Prepared, mode: Mode, compiled: Result, eager: Result) -> None:
+    """Fills in what is wrong, by the law of coverage_compare.py; in training every model is proven in fp64."""
+    dtype, exact = DTYPES[mode.dtype], _exact(row, wide, mode)
+    suspects = differences(compiled, [eager], exact, dtype)
+    if suspects and differences(run(held, held.model, mode), [eager], None, dtype):
+        row.notes.append(f"not compared, eager is not repeatable: {suspects[0]}")
+        return
+    if not suspects and not mode.training:
+        return
+    proof = _in_fp64(row, wide, mode)
+    if exact is None or proof is None:
+        row.wrong = suspects
+        return
+    draws = [eager]
+    if suspects or disproof(proof, exact, draws, dtype):
+        draws += [_redrawn(held, mode, seed) for seed in range(DRAWS)]
+    row.wrong = differences(compiled, draws, exact, dtype) + disproof(proof, exact, draws, dtype)
+    row.proven = not row.wrong
+    if row.proven:
+        row.notes += [f"rounding alone: {suspect}" for suspect in suspects]
+
+
+def _redrawn(held: Prepared, mode: Mode, seed: int) -> Result:
+    with Redrawn(seed):
+        return run(held, held.model, mode)
+
+
+def _in_fp64(row: Row, wide: Prepared, mode: Mode) -> Result | None:
+    """The rewritten program in fp64; None where it cannot be had, or is another one."""
+    backend = _Counting(widened=True)
+    torch._dynamo.reset()
+    try:
+        with in_double():
+            got = run(wide, torch.compile(wide.model, backend=backend, dynamic=mode.dynamic), mode)
+    except Exception as problem:  # noqa: BLE001 - as in `_compile`; the row says that there is no proof
+        row.notes.append(f"not compiled in fp64: {type(problem).__name__}: {str(problem)[:100]}")
+        return None
+    if backend.verdicts() != Counter(row.verdicts) + Counter(row.linear):
+        row.notes.append(f"rewritten otherwise in fp64: {backend.verdicts()}")
+        return None
+    return got
 
 
 def _ask_others(row: Row, held: Prepared, mode: Mode) -> None:
@@ -123,27 +176,37 @@ def _cast(held: Prepared, dtype: torch.dtype) -> Prepared:
     )
 
 
-def _exact(row: Row, held: Prepared, mode: Mode) -> Result | None:
+def _exact(row: Row, wide: Prepared, mode: Mode) -> Result | None:
     """The same in fp64; None for a model with an operator that has no fp64 form: then eager is the arbiter."""
-    model = copy.deepcopy(held.model)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the grouped product of experts has no fp64 form
-    wide = _cast(Prepared(model, held.inputs), torch.float64)
     try:
-        return run(wide, wide.model, mode)
+        with in_double(), Widened():
+            return run(wide, wide.model, mode)
     except (RuntimeError, ValueError, TypeError) as problem:
         row.notes.append(f"no fp64: {str(problem)[:100]}")
         return None
 
 
+def _wide(held: Prepared) -> Prepared:
+    model = copy.deepcopy(held.model)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product of experts has no fp64 form
+    return _cast(Prepared(model, held.inputs), torch.float64)
+
+
 @dataclass(slots=True)
 class _Counting:
-    """A backend that runs attnopt's and notes, each time a graph runs, the report of its compilation."""
+    """A backend that runs attnopt's and notes, each time a graph runs, the report of its compilation.
 
+    widened: the graph says float64 wherever it says float32.
+    """
+
+    widened: bool = False
     ran: list[Report] = field(default_factory=list)
     made: list[Report] = field(default_factory=list)
 
     def __call__(self, module: Any, inputs: Sequence[Any], **_: object) -> Callable[..., Any]:
+        if self.widened:
+            widen(module)
         compiled = attnopt_backend(module, inputs, options={"inner": "eager"})
         report = attnopt.reports()[-1]
         self.made.append(report)
@@ -153,6 +216,10 @@ class _Counting:
             return compiled(*args)
 
         return call
+
+    def verdicts(self) -> dict[str, int]:
+        """Of the sites that ran."""
+        return dict(Counter(site.verdict for report in self.ran for site in report.sites))
 
 
 def _compile(row: Row, held: Prepared, mode: Mode) -> Result | None:
@@ -190,10 +257,16 @@ def _blame(row: Row, held: Prepared, mode: Mode, problem: Exception) -> None:
 _PLACE = re.compile(r"/\S*site-packages/")
 
 
+#: The warning of an exception that attnopt did not raise itself (attnopt/backend.py names its class).
+_FELL = re.compile(r"attnopt left a graph untouched: \w+: ")
+
+
 def _note(row: Row, backend: _Counting) -> None:
     sites = [site for report in backend.ran for site in report.sites]
     row.graphs = len(backend.made)
-    row.crashes += [_PLACE.sub("", warning)[:300] for report in backend.made for warning in report.warnings]
+    warnings = [_PLACE.sub("", warning)[:300] for report in backend.made for warning in report.warnings]
+    row.crashes += [text for text in warnings if _FELL.match(text)]
+    row.untouched = [text for text in warnings if not _FELL.match(text)]
     row.verdicts = dict(Counter(s.verdict for s in sites if s.family != "linear"))
     row.linear = dict(Counter(s.verdict for s in sites if s.family == "linear"))
     row.specs = dict(Counter(s.spec for s in sites if s.verdict not in _LEFT))

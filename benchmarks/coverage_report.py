@@ -1,17 +1,11 @@
-"""The figures, the table, the page docs/coverage.md and the plot from the rows of the coverage benchmark."""
+"""The figures and the table from the rows of the coverage benchmark."""
 
-import json
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from _record import ROOT
 from coverage_modes import Mode
 
-PAGE, PLOT = ROOT / "docs" / "coverage.md", ROOT / "docs" / "coverage.svg"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -31,6 +25,7 @@ class Figures:
     unexplained: int
     wrong: int
     crashes: int
+    untouched: int
     breaks: int
     causal: int
     proven: int
@@ -44,7 +39,7 @@ class Figures:
 
 def figures(rows: Rows) -> list[Figures]:
     """By family and mode, in the order in which they come."""
-    structural = _structural(rows)
+    structural = structural_counts(rows)
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["family"], row["mode"]), []).append(row)
@@ -61,12 +56,12 @@ def _figures(family: str, mode: str, rows: Rows, structural: Mapping[tuple[str, 
         sum(sum(row.get("linear", {}).values()) for row in ran),
         sum(row.get("linear", {}).get("rewritten", 0) for row in ran),
         sum(unexplained(row, sites[id(row)]) for row in ran), sum(bool(row.get("wrong")) for row in ran),
-        sum(bool(row.get("crashes")) for row in ran), sum(bool(row.get("breaks")) for row in ran),
-        *_proven(ran, sites), _median([_reading(row) for row in ran]),
+        *(sum(bool(row.get(name)) for row in ran) for name in ("crashes", "untouched", "breaks")),
+        *_sum_proven(ran, sites), _median([_reading(row) for row in ran]),
     )  # fmt: skip
 
 
-def _structural(rows: Rows) -> dict[tuple[str, str], int]:
+def structural_counts(rows: Rows) -> dict[tuple[str, str], int]:
     """(model, spelling of attention) -> sites by structure; no other part of a mode changes them."""
     return {
         (row["name"], Mode.parse(row["mode"]).attention): row["structural"]
@@ -83,15 +78,6 @@ def sites_of(row: Mapping[str, Any], structural: Mapping[tuple[str, str], int]) 
     return max(known, done(row))
 
 
-def _more(rows: Rows) -> Iterator[str]:
-    """Models in which more was rewritten than is attention by structure: a decoy, or a softmax written by hand."""
-    structural = _structural(rows)
-    for row in rows:
-        known = structural.get((row["name"], Mode.parse(row["mode"]).attention))
-        if known is not None and not row.get("breaks") and done(row) > known:
-            yield f"- {row['name']}, {row['mode']}: {done(row)} rewritten, {known} sites by structure"
-
-
 def done(row: Mapping[str, Any]) -> int:
     """Softmax sites rewritten, or kept as the best call there is."""
     verdicts = row.get("verdicts", {})
@@ -103,23 +89,22 @@ def _reported(row: Mapping[str, Any]) -> int:
 
 
 def unexplained(row: Mapping[str, Any], sites: int) -> int:
-    """Sites that no line of the report tells of. Where Dynamo broke the graph, the break is the reason."""
-    if row.get("breaks") or row.get("crashes"):
+    """Sites that no line of the report tells of. A graph break, or what left a whole graph untouched, is a reason."""
+    if any(row.get(name) for name in ("breaks", "crashes", "untouched")):
         return 0
     without_text = sum(times for *_, reason, _, times in row.get("left", []) if not reason)
     return max(0, sites - _reported(row)) + without_text
 
 
-def _proven(rows: Rows, sites: Mapping[int, int]) -> tuple[int, int]:
-    """Rewritten softmaxes that were causal when run, and how many of their masks were proven causal."""
-    causal = {id(row): min(row.get("causal", 0), done(row), sites[id(row)]) for row in rows}
-    named = {
-        id(row): sum(
-            n for spec, n in row.get("specs", {}).items() if "causal" in spec and "opaque" not in spec
-        )
-        for row in rows
-    }
-    return sum(causal.values()), sum(min(causal[key], named[key]) for key in causal)
+def proven(row: Mapping[str, Any], sites: int) -> tuple[int, int]:
+    """Rewritten softmaxes that were causal when run, and how many of their masks hold a proven causal part."""
+    causal = min(row.get("causal", 0), done(row), sites)
+    return causal, min(causal, sum(n for spec, n in row.get("specs", {}).items() if "causal" in spec))
+
+
+def _sum_proven(rows: Rows, sites: Mapping[int, int]) -> tuple[int, int]:
+    both = [proven(row, sites[id(row)]) for row in rows]
+    return sum(causal for causal, _ in both), sum(known for _, known in both)
 
 
 def _reading(row: Mapping[str, Any]) -> float:
@@ -143,7 +128,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 HEADERS = (
     "family", "mode", "models", "softmaxes", "sites", "rewritten", "share", "Inductor", "linear", "causal proven",
-    "unexplained", "wrong", "crashes", "graph breaks", "reading, s",
+    "unexplained", "wrong", "crashes", "untouched", "graph breaks", "reading, s",
 )  # fmt: skip
 
 
@@ -151,7 +136,7 @@ def _cells(f: Figures) -> tuple[str, ...]:
     inductor = "-" if f.inductor is None else f"{f.inductor} ({f.inductor / max(f.sites, 1):.1%})"
     linear = f"{f.linear_rewritten}/{f.linear}" if f.linear else "-"
     proven = f"{f.proven}/{f.causal}" if f.causal else "-"
-    counts = (f.unexplained, f.wrong, f.crashes, f.breaks)
+    counts = (f.unexplained, f.wrong, f.crashes, f.untouched, f.breaks)
     return (
         f.family, f.mode, str(f.models), str(f.softmaxes), str(f.sites), str(f.rewritten), f"{f.share:.1%}", inductor,
         linear, proven, *map(str, counts), f"{f.seconds:.3f}",
@@ -169,112 +154,3 @@ def status(payload: Mapping[str, Any]) -> int:
     found = figures(payload["rows"])
     bad = any(f.wrong or f.crashes or f.unexplained or (f.family == "decoys" and f.rewritten) for f in found)
     return int(bad)
-
-
-def publish(path: Path) -> None:
-    """Writes the page and the plot from a result."""
-    payload = json.loads(path.read_text())
-    PAGE.write_text(page(payload))
-    plot(payload)
-
-
-def page(payload: Mapping[str, Any]) -> str:
-    """docs/coverage.md."""
-    rows, place = payload["rows"], payload["environment"]
-    parts = [
-        _INTRODUCTION.format(device=place["device"], **place["versions"], commit=str(place["commit"])[:10]),
-        "![Sites found by attnopt and by Inductor](coverage.svg)",
-        table(payload),
-        _EXPLANATION,
-        "## Wrong results and crashes",
-        "\n".join(_listed(rows, "wrong")) + "\n".join(_listed(rows, "crashes")) or "None.",
-        "## Models with more sites rewritten than counted",
-        "\n".join(_more(rows)) or "None.",
-        "## Sites left alone, by reason",
-        "\n".join(reasons(rows, attention=True)) or "None.",
-        "## Softmaxes that are no attention",
-        "\n".join(reasons(rows, attention=False)) or "None.",
-        "## Models that could not be measured",
-        "\n".join(_unmeasured(payload)) or "None.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-_INTRODUCTION = """# Coverage
-
-Made by `python benchmarks/coverage.py` from benchmarks/results/coverage.json ({device}; torch {torch}; commit
-{commit}). One tiny model with random weights for every architecture of the installed transformers that builds by a
-generic rule, and modules of torch.nn, x-transformers, diffusers, linear-attention-transformer and
-flash-linear-attention."""
-
-_EXPLANATION = """A mode is spelling of attention - attention_mask - dtype - training or not - sizes.
-
-| column | meaning |
-| --- | --- |
-| softmaxes | over a tensor of at least three dimensions, and whole-attention calls, in one eager forward |
-| sites | those with a contraction above and, below, one over the softmaxed dimension, on a functional ATen trace |
-| rewritten | replaced by a kernel, or an SDPA call that is already the best there is |
-| Inductor | what its own attention patterns replace in the same model |
-| linear | linear-attention sites rewritten, of those reported |
-| causal proven | masks proven causal, of the rewritten softmaxes without weight above the diagonal |
-| unexplained | sites without a line in the report |
-| wrong, crashes, graph breaks | models |
-| reading | median seconds of reading, choosing and validating a model |
-
-Neither count of sites asks attnopt."""
-
-
-def reasons(rows: Rows, *, attention: bool) -> Iterator[str]:
-    """Most frequent first, numbers in a reason left out; over all modes."""
-    found: dict[str, Counter[str]] = {}
-    lines: dict[str, str] = {}
-    for row in rows:
-        for verdict, _, reason, where, times in row.get("left", []):
-            if (verdict != "rejected") is attention:
-                key = re.sub(r"(?<=_)\d+|\b\d+\b", "N", reason)
-                found.setdefault(key, Counter())[row["name"]] += times
-                lines.setdefault(key, where)
-    for key, models in sorted(found.items(), key=lambda item: -sum(item[1].values())):
-        names = ", ".join(list(models)[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
-        yield f"- {sum(models.values())} x {key} ({names}; such as `{lines[key]}`)"
-
-
-def _listed(rows: Rows, what: str) -> Iterator[str]:
-    for row in rows:
-        for text in row.get(what, []):
-            yield f"- {what}: {row['name']}, {row['mode']}: {text}"
-
-
-def _unmeasured(payload: Mapping[str, Any]) -> Iterator[str]:
-    for family, why in payload["left_out"].items():
-        yield f"- {family}: {why}"
-    seen = {(row["name"], row["error"]) for row in payload["rows"] if "error" in row}
-    for name, why in sorted(seen):
-        yield f"- {name}: {why[:160]}"
-
-
-def plot(payload: Mapping[str, Any]) -> None:
-    """Shares of the sites by family, attnopt beside Inductor, in the modes for which both were counted."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "attnopt"  # the same picture for the same figures
-    from matplotlib import pyplot as plt
-
-    shown = [
-        f for f in figures(payload["rows"]) if f.inductor is not None and f.sites and f.family != "decoys"
-    ]
-    names = [
-        f"{f.family}\n{'padded' if Mode.parse(f.mode).mask == 'left' else 'no mask'}\n{f.sites} sites"
-        for f in shown
-    ]
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(shown)), 4.0), layout="constrained")
-    for shift, label, color in ((-0.2, "attnopt", "#2a6f97"), (0.2, "Inductor", "#c9ada7")):
-        shares = [100 * (f.share if label == "attnopt" else (f.inductor or 0) / f.sites) for f in shown]
-        bars = axes.bar([n + shift for n in range(len(shown))], shares, 0.4, label=label, color=color)
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(shown)), names, fontsize=8)
-    axes.set_ylabel("sites replaced, %")
-    axes.set_ylim(0, 110)
-    axes.legend(frameon=False, ncols=2)
-    figure.savefig(PLOT, metadata={"Date": None})

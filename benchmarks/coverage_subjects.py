@@ -56,29 +56,46 @@ class Builder:
 
     def _built(self, mode: Mode, number: int) -> Prepared:
         model = zoo.build(self.entry, mode.attention, number).eval()
-        held = inputs(model, self.entry.family, mode)
-        with torch.no_grad():
-            model(**held)
+        held = runnable(model, self.entry.family, mode)
         return Prepared(model, held)
 
 
-def inputs(model: Any, family: str, mode: Mode) -> dict[str, Any]:
-    """The arguments of the forward of a Hugging Face model: tokens, an image, a wave or a spectrogram."""
+def runnable(model: Any, family: str, mode: Mode) -> dict[str, Any]:
+    """The first arguments with which the model runs; raises what the last ones made it raise."""
+    *others, last = arguments(model, family, mode)
+    for held in others:
+        try:
+            with torch.no_grad():
+                model(**held)
+        except Exception:  # noqa: BLE001, S112 - the next arguments are tried
+            continue
+        return held
+    with torch.no_grad():
+        model(**last)
+    return last
+
+
+def arguments(model: Any, family: str, mode: Mode) -> list[dict[str, Any]]:
+    """What the forward of a Hugging Face model may want: tokens, an image, a film, a wave or a spectrogram."""
+    name, config = model.main_input_name, model.config
     draw = torch.Generator().manual_seed(1)
-    match family:
-        case "vision":
-            held = {model.main_input_name: _image(model.config, draw)}
-        case "audio":
-            held = _sound(model, draw)
-        case _:
-            held = {"input_ids": _tokens(LENGTH, draw)}
-    if family == "seq2seq" or (family == "audio" and model.config.is_encoder_decoder):
-        held["decoder_input_ids"] = _tokens(LENGTH - 3, draw)
+    held: list[dict[str, Any]] = [{name: x} for x in _mains(name, config, family, draw)]
+    both = family == "seq2seq" or (family == "audio" and config.is_encoder_decoder)
+    more = {"decoder_input_ids": _tokens(LENGTH - 3, draw)} if both else {}
     if family in ("causal", "seq2seq"):
-        held["use_cache"] = False
-    if mode.mask == "left" and "input_ids" in held:
-        held["attention_mask"] = left_padded(LENGTH)
-    return held
+        more["use_cache"] = False
+    if mode.mask == "left" and name in ("input_ids", "decoder_input_ids"):
+        more["attention_mask"] = left_padded(LENGTH)
+    return [given | more for given in held]
+
+
+def _mains(name: str, config: Any, family: str, draw: torch.Generator) -> list[Tensor]:
+    if family in ("causal", "masked", "seq2seq") or name.endswith("input_ids"):
+        return [_tokens(LENGTH, draw)]
+    if family == "vision":
+        return _images(config, draw)
+    waves = [torch.randn(BATCH, 1600, generator=draw)]
+    return (waves if name != "input_features" else []) + _spectrograms(config, draw)
 
 
 def left_padded(length: int) -> Tensor:
@@ -92,19 +109,34 @@ def _tokens(length: int, draw: torch.Generator) -> Tensor:
     return torch.randint(3, 100, (BATCH, length), generator=draw)
 
 
-def _image(config: Any, draw: torch.Generator) -> Tensor:
-    size = getattr(config, "image_size", None) or getattr(
-        getattr(config, "vision_config", None), "image_size", None
+def _images(config: Any, draw: torch.Generator) -> list[Tensor]:
+    """A film where the configuration counts frames, and an image."""
+    sizes = [getattr(config, field, None) for field in ("image_size", "crop_size")]
+    size = next((x for x in [*sizes, getattr(_part(config, "vision_config"), "image_size", None)] if x), 128)
+    image = (
+        getattr(config, "num_channels", 3) or 3,
+        *(size if isinstance(size, tuple | list) else (size, size)),
     )
-    height, width = size if isinstance(size, tuple | list) else (size or 32, size or 32)
-    frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
-    return torch.randn(BATCH, *frames, getattr(config, "num_channels", 3) or 3, height, width, generator=draw)
+    counts = [getattr(config, field, None) for field in ("num_frames", "frames_per_clip")]
+    shapes = [(frames, *image) for frames in counts if frames] + [image]
+    return [torch.randn(BATCH, *shape, generator=draw) for shape in shapes]
 
 
-def _sound(model: Any, draw: torch.Generator) -> dict[str, Any]:
-    name, config = model.main_input_name, model.config
-    if name != "input_features":
-        return {name: torch.randn(BATCH, 1600, generator=draw)}
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
-    frames = 2 * getattr(config, "max_source_positions", 32)
-    return {name: torch.randn(BATCH, bins, frames, generator=draw)}
+def _part(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+#: Where a configuration says how many numbers a frame of a spectrogram has.
+_BINS = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
+
+
+def _spectrograms(config: Any, draw: torch.Generator) -> list[Tensor]:
+    """By the configuration or its encoder's, bins before frames and behind them."""
+    places = (config, _part(config, "encoder_config"), _part(config, "audio_config"))
+    bins = [x for place in places for field in _BINS if isinstance(x := getattr(place, field, None), int)]
+    frames = getattr(config, "max_length", None) or 2 * (getattr(config, "max_source_positions", None) or 32)
+    found = []
+    for width in dict.fromkeys([*bins, 80]):
+        both = torch.randn(BATCH, width, frames, generator=draw)
+        found += [both, both.mT.contiguous()]
+    return found

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 VOCAB, LAYERS = 128, 2
-MAX_PARAMETERS = 50_000_000
+MAX_PARAMETERS = 70_000_000
 
 #: Auto-class mappings of transformers by the family that the benchmark reports.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -27,7 +27,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 #: What an integer field becomes, by its name; the first pattern that matches decides.
 SIZES: Mapping[str, int] = {
-    r"vocab_size|^n_tokens$": VOCAB,
+    r"vocab|^n_tokens$": VOCAB,
     r"num_kv_shared_layers|num_nextn_predict_layers|num_hash_layers": 0,
     r"first_k_dense|num_dense_layers|moe_layer_start|^n_group$|topk_group|num_expert_group": 1,
     r"^linear_num_key_heads$|^linear_num_value_heads$|^mamba_n_groups$": 4,
@@ -43,22 +43,27 @@ SIZES: Mapping[str, int] = {
     r"^kv_lora_rank$": 16,
     r"^q_lora_rank$": 24,
     r"^v_head_dim$": 12,
+    r"^qk_head_dim$": 16,  # the two above together
     r"head_dim$|^d_kv$|^d_head$|kv_channels|^mamba_d_head$|^ssm_state_size$|^mamba_d_state$|^state_size$": 16,
-    r"^index_topk$|chunk_size$|sliding_window$|attention_window|local_window|^window_size_left$": 8,
+    r"^index_topk$|^(?!.*tokenizer).*chunk_size$|^context_size$": 8,
+    r"sliding_window$|attention_window|local_window|^window_size_left$": 8,
     r"position_embeddings$|^n_positions$|^n_ctx$|_(source|target)_positions$": 64,
     r"max_seq_len|max_sequence_length|block_size$": 64,
-    r"^image_size$": 32,
-    r"^patch_size$": 8,
+    r"^(image|crop)_size$": 128,
+    r"^(num_frames|frames_per_clip)$": 4,
+    r"^patch_size$": 16,
+    r"^num_latents$": 32,
+    r"^num_self_attends_per_block$": LAYERS,
     r"codebook_size": 32,
     r"num_codebooks$": 2,
     r"^num_mel_bins$": 16,
-    r"(hidden|embed|emb|model|embedding|embd|width|projection|proj)_?(size|dim|dims)$": 64,
-    r"^(d_model|n_embd|dim|width|lru_width)$": 64,
+    r"(hidden|embed|emb|model|embedding|embd|width|projection|proj)_?(size|dim|dims)(_global)?$": 64,
+    r"^(d_model|d_latents|n_embd|dim|width|lru_width)$": 64,
 }  # fmt: skip
 
 Rule = Mapping[str, Any]
-#: Key of a rule for the names of the fields that are also set where the default is None.
-UNSET = "unset"
+#: Keys of a rule: the names of the fields that are also set where the default is None; whether tuples become lists.
+UNSET, LISTS = "unset", "lists"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +91,15 @@ def build(entry: Entry, attention: str, number: int) -> nn.Module:
     return build_with(entry, attention, variants()[number])
 
 
-def build_with(entry: Entry, attention: str, rule: Rule) -> nn.Module:
-    """As `build`, by any rule."""
+def build_with(entry: Entry, attention: str, rule: Rule, most: int = MAX_PARAMETERS) -> nn.Module:
+    """As `build`, by any rule, with at most so many parameters."""
     import transformers
 
     model_class = getattr(transformers, entry.model)
     with torch.device("meta"):
         blank = model_class._from_config(_config(entry, model_class, rule), attn_implementation=attention)
     size = sum(p.numel() for p in blank.parameters())
-    if size > MAX_PARAMETERS:
+    if size > most:
         raise ValueError(f"{size:,} parameters after shrinking")
     torch.manual_seed(0)
     return model_class._from_config(_config(entry, model_class, rule), attn_implementation=attention).float()
@@ -102,7 +107,7 @@ def build_with(entry: Entry, attention: str, rule: Rule) -> nn.Module:
 
 def variants() -> list[Rule]:
     """The generic rule and what is tried, in this order, when it does not build or run."""
-    base = {**SIZES, UNSET: r"^(head_dim|num_key_value_heads|n_inner)$"}
+    base = {**SIZES, UNSET: r"^(head_dim|num_key_value_heads|n_inner|vocab_size)$"}
     return [
         base,
         _changed(base, lambda name, v: 4 if "kv_heads" in name else v),
@@ -125,6 +130,11 @@ def variants() -> list[Rule]:
         | {UNSET: r"head_dim|heads$|experts|topk"},
         _changed(base, lambda name, v: 32 if name.startswith("head_dim") else 4 if "kv_heads" in name else v),
         _changed(base, lambda name, v: v if name != UNSET else None),
+        _changed(base, lambda name, v: 1 if "experts_per_tok" in name else v),
+        _changed(base, lambda name, v: 1 if "heads" in name and name != UNSET else v),
+        {r"_per_layer_input$": 0, **base},
+        {**base, LISTS: True},
+        {**base, UNSET: r"^(head_dim|num_key_value_heads|indexer_\w+|vocab_size|pad_token_id)$"},
         {k: v for k, v in base.items() if "layers?" in k or "vocab" in k},
         {},
     ]
@@ -162,19 +172,24 @@ def _fields(default: Any, rule: Rule) -> dict[str, Any]:
             given[name] = _number(name, value, rule)
         elif value is None and re.search(rule.get(UNSET, "^$"), name):
             given[name] = _number(name, 1, rule)
+        elif value is None and name.startswith("default_") and named.get(f"{name[8:]}s"):
+            given[name] = named[f"{name[8:]}s"][0]  # default_language, of `languages`
+        elif isinstance(value, tuple) and rule.get(LISTS):
+            given[name] = list(value)
     return {k: v for k, v in (given | _layers(named, given)).items() if v is not named.get(k)}
 
 
 def _number(name: str, value: float, rule: Rule) -> float:
-    if name.endswith("_token_id"):
+    if name.endswith(("_token_id", "_token_index")):
         return min(value, VOCAB - 1)
     if re.search(r"drop", name) and 0 < value < 1:
         return type(value)(0)
     if type(value) is not int or value <= 0:
         return value
-    return next(
-        (size for pattern, size in rule.items() if pattern != UNSET and re.search(pattern, name)), value
+    size = next(
+        (size for key, size in rule.items() if key not in (UNSET, LISTS) and re.search(key, name)), value
     )
+    return min(value, size) if name.endswith("patch_size") else size
 
 
 def _layers(named: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +204,8 @@ def _layers(named: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     count = given.get(key, LAYERS)
     if isinstance(kinds, list) and kinds:
         count = max(count, len(set(kinds)))
+    elif isinstance(named.get("block_types"), list | tuple):  # a pattern that repeats
+        count = max(count, len(named["block_types"]))
     if "layer_types" in named and kinds is None:
         return {key: count, "layer_types": ["full_attention"] * count}
     lists = {k: v for k, v in named.items() if isinstance(v, list | tuple) and len(v) == named[key]}

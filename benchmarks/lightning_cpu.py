@@ -1,7 +1,9 @@
 """Linear attention without a GPU: lightning_attention against the N x N spelling, and how both grow with the length.
 
-Claim: at N = 8,192 (B 1, H 8, D 64, fp32) at least 10 times as fast as N x N, and linear in time and memory.
-Each case runs in a process of its own, so that its peak memory is its own.
+Claim: at N = 8,192 (B 1, H 8, D 64, fp32) at least 20 times as fast as N x N, and linear in time and memory from 1k
+to 64k. Beside it the same chunks written in plain PyTorch and compiled by Inductor: what one gets by hand.
+Each case runs in a process of its own, so that its peak memory is its own. Ratios are of the fastest runs, the least
+disturbed ones.
 
     python benchmarks/lightning_cpu.py            writes benchmarks/results/lightning_cpu.json
     python benchmarks/lightning_cpu.py --quick    short lengths, writes nothing
@@ -21,8 +23,12 @@ from torch import Tensor
 from attnopt.kernels.lightning.op import lightning_attention
 
 BATCH, HEADS, DIM = 1, 8, 64
-LENGTHS, EAGER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768), (1024, 2048, 4096, 8192)
+LENGTHS, EAGER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536), (1024, 2048, 4096, 8192)
+COMPILED_LENGTHS = (1024, 8192)
 QUICK_LENGTHS = (512, 1024)
+LEAST_RATIO = 20
+#: Rows of a chunk where chunks are written by hand: at 8,192 tokens 64 takes two minutes to compile, 256 is slower.
+CHUNK = 128
 
 
 def lightning(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pairs: Tensor) -> Tensor:
@@ -37,7 +43,26 @@ def eager(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pairs: Tensor) -> 
     return ((q @ k.mT) * pairs) @ v
 
 
-FORMS = {"lightning": lightning, "eager": eager}
+def by_hand(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, pairs: Tensor) -> Tensor:
+    """Chunk by chunk in plain PyTorch; the lengths must be multiples of CHUNK."""
+    del pairs
+    age, g = torch.arange(1, CHUNK + 1), log_decay[:, None, None, None]
+    distance = age[:, None] - age
+    inside = torch.exp(g * distance.clamp_min(0)).masked_fill(distance < 0, 0.0)
+    q, k, v = (x.unflatten(2, (-1, CHUNK)) for x in (q, k, v))
+    state, entering = q.new_zeros(*q.shape[:2], DIM, DIM), []
+    for delta in ((k * torch.exp(g * (CHUNK - age)[:, None])).mT @ v).unbind(2):
+        entering.append(state)
+        state = state * torch.exp(g[:, 0] * CHUNK) + delta
+    read = (q * torch.exp(g * age[:, None])) @ torch.stack(entering, 2)
+    return (((q @ k.mT) * inside) @ v + read).flatten(2, 3)
+
+
+FORMS = {
+    "lightning": lightning,
+    "eager": eager,
+    "compiled": torch.compile(by_hand, dynamic=False),
+}
 
 
 def decay_matrix(log_decay: Tensor, length: int) -> Tensor:
@@ -90,9 +115,9 @@ def run_case_apart(form: str, length: int, *, with_backward: bool) -> dict[str, 
 
 
 def seconds_of(cases: list[dict], form: str, length: int, *, backward: bool = False) -> float:
-    """The median of one case."""
+    """The fastest run of one case."""
     wanted = (form, length, backward)
-    return next(c["seconds"]["median"] for c in cases if (c["form"], c["length"], c["backward"]) == wanted)
+    return next(c["seconds"]["min"] for c in cases if (c["form"], c["length"], c["backward"]) == wanted)
 
 
 def show(case: dict) -> None:
@@ -106,21 +131,34 @@ def show(case: dict) -> None:
 
 
 def summarise(cases: list[dict]) -> dict[str, object]:
-    """The claim in numbers: ratio at 8,192; time per token at the longest length over that at 8,192."""
-    longest = max(LENGTHS)
-    growth = seconds_of(cases, "lightning", longest) / seconds_of(cases, "lightning", 8192) / (longest / 8192)
-    ratios = {
-        name: seconds_of(cases, "eager", 8192, backward=b) / seconds_of(cases, "lightning", 8192, backward=b)
-        for name, b in (("forward", False), ("forward_backward", True))
+    """The claim in numbers: ratios at 8,192, and the time per token at each length over that at the shortest."""
+    both = {"forward": False, "forward_backward": True}
+    return {
+        f"{form}_over_lightning_at_8192": {
+            name: seconds_of(cases, form, 8192, backward=b) / seconds_of(cases, "lightning", 8192, backward=b)
+            for name, b in both.items()
+        }
+        for form in ("eager", "compiled")
+    } | {
+        "time_per_token_over_that_at_1024": {
+            name: {
+                str(n): per_token(cases, n, backward=b) / per_token(cases, 1024, backward=b) for n in LENGTHS
+            }
+            for name, b in both.items()
+        }
     }
-    return {"speedup_at_8192": ratios, "time_per_token_32768_over_8192": growth}
 
 
-def run_all(lengths: tuple[int, ...], eager_lengths: tuple[int, ...]) -> list[dict]:
+def per_token(cases: list[dict], length: int, *, backward: bool) -> float:
+    """Seconds that attnopt's op takes for one token."""
+    return seconds_of(cases, "lightning", length, backward=backward) / length
+
+
+def run_all(lengths_of: dict[str, tuple[int, ...]]) -> list[dict]:
     """Every case, shown as it comes."""
     cases = []
-    for form, own_lengths in (("lightning", lengths), ("eager", eager_lengths)):
-        for length in own_lengths:
+    for form, lengths in lengths_of.items():
+        for length in lengths:
             for with_backward in (False, True):
                 cases.append(run_case_apart(form, length, with_backward=with_backward))
                 show(cases[-1])
@@ -140,14 +178,14 @@ def main() -> int:
         print(json.dumps(run_case(form, int(length), with_backward=bool(int(with_backward)))))
         return 0
     if arguments.quick:
-        run_all(QUICK_LENGTHS, QUICK_LENGTHS)
+        run_all(dict.fromkeys(FORMS, QUICK_LENGTHS))
         return 0
-    cases = run_all(LENGTHS, EAGER_LENGTHS)
+    cases = run_all({"lightning": LENGTHS, "eager": EAGER_LENGTHS, "compiled": COMPILED_LENGTHS})
     summary = summarise(cases)
     shape = {"batch": BATCH, "heads": HEADS, "d": DIM, "dtype": "float32"}
     print(write("lightning_cpu", {"shape": shape, "summary": summary, "cases": cases}))
     print(json.dumps(summary))
-    return 0 if summary["speedup_at_8192"]["forward"] >= 10 else 1
+    return 0 if min(summary["eager_over_lightning_at_8192"].values()) >= LEAST_RATIO else 1
 
 
 if __name__ == "__main__":

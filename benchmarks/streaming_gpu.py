@@ -115,12 +115,12 @@ def arguments_of(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
     z = make(s.heads).to(dtype) if "sink_logits" in extras else None
     softcap = 20.0 if "softcap" in extras else None
     structure = (s.offset, s.window, s.sinks, s.prefix)
-    return (q, k, v, bias, mask, keep, z, s.d**-0.5, *structure, softcap, "zero")
+    return (q, k, v, bias, mask, keep, z, s.d**-0.5, *structure, softcap, "zero", None, 0, False)
 
 
 def definition(shape: Shape, arguments: tuple[Any, ...]) -> Tensor:
     """All scores at once, in the dtype of the arguments; rows that see no key are zero."""
-    q, k, v, bias, mask, keep, z, scale, *_, softcap, _ = arguments
+    (q, k, v, bias, mask, keep, z, scale), softcap = arguments[:8], arguments[12]
     k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
     scores = q @ k.mT * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)

@@ -16,7 +16,7 @@ from attnopt.shadow import Shadow
 _TRANSPARENT = frozenset(
     {
         "tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "wrap_with_autocast", "invoke_subgraph",
-        "inductor_compiled_code", "hints_wrapper", "run_const_graph",
+        "inductor_compiled_code", "hints_wrapper", "run_const_graph", "scan",
     }
 )  # fmt: skip
 
@@ -29,7 +29,7 @@ def check_gradients(shadow: Shadow, site: Site) -> None:
     """
     replay = Replay.of(shadow, site)
     for node, origin in _foreign(shadow):
-        if node in replay.nodes:
+        if node in replay.nodes or (node in replay.leaves and _lies_before(shadow, node, origin)):
             raise Reject(
                 f"part of the attention passes through {origin.target}, which has a gradient of its own", node
             )
@@ -55,6 +55,12 @@ def _foreign(shadow: Shadow) -> Iterator[tuple[Node, Node]]:
         target = original.target
         if isinstance(target, HigherOrderOperator) and target.name() not in _TRANSPARENT:
             yield from ((n, original) for n in pytree.tree_leaves(value) if isinstance(n, Node))
+
+
+def _lies_before(shadow: Shadow, node: Node, origin: Node) -> bool:
+    """Whether an operand would be taken from before an operator that hands it on as it is, such as a hook."""
+    original = shadow.value_of.get(node)
+    return original is not None and original < origin
 
 
 def _with_gradient(replay: Replay) -> Iterator[Node]:

@@ -1,4 +1,4 @@
-"""Numbers that a graph computes without looking at its inputs."""
+"""Numbers that a graph computes without looking at its inputs; and those that it was given, as they are now."""
 
 from collections.abc import Callable
 from math import exp, isfinite, log
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.mask_writes import writes_after
+from attnopt.passes.sizes import seen_float
 from attnopt.shadow import CONSTANT
 
 aten = torch.ops.aten
@@ -23,17 +24,41 @@ def constant(value: Any) -> float | None:
     return None if isinstance(made, Tensor) and made.dim() > 0 else uniform(value)
 
 
-def uniform(value: Any, depth: int = 0) -> float | None:
+def uniform(value: Any) -> float | None:
     """The number that `value` is, or that a tensor of any shape, made of constants, holds everywhere; else None."""
+    return _held(value, _certain)
+
+
+def present(value: Any) -> float | None:
+    """As `uniform`, and a symbolic float that came in from outside counts as the number that it is now.
+
+    Who reads it relies on attnopt.passes.settle: before a site is rewritten, each symbolic float in it that is no
+    operand is fixed by a guard of Dynamo's, so that another value compiles anew.
+    """
+    return _held(value, seen_float)
+
+
+def _certain(value: torch.SymFloat) -> float | None:
+    return float(value.node.expr) if value.node.expr.is_number else None
+
+
+#: What a symbolic float is, if that is known.
+Known = Callable[[torch.SymFloat], float | None]
+
+
+def _held(value: Any, known: Known, depth: int = 0) -> float | None:
     if isinstance(value, bool | int | float):
         return float(value)
-    if not isinstance(value, Node) or depth > MAX_DEPTH or not isinstance(value.meta.get("val"), Tensor):
+    made = value.meta.get("val") if isinstance(value, Node) else None
+    if isinstance(made, torch.SymFloat):
+        return known(made)
+    if not isinstance(made, Tensor) or depth > MAX_DEPTH:
         return None
     if value.op == "placeholder":
         return _single(value.meta.get(CONSTANT))
     if value.op == "get_attr":
         return _single(getattr(value.graph.owning_module, str(value.target), None))
-    number = _evaluate(value, depth)
+    number = _evaluate(value, known, depth)
     return None if number is None or writes_after(value, None) else number
 
 
@@ -42,9 +67,9 @@ def _single(held: Any) -> float | None:
     return float(held) if type(held) is Tensor and held.numel() == 1 else None
 
 
-def _evaluate(node: Node, depth: int) -> float | None:
+def _evaluate(node: Node, known: Known, depth: int) -> float | None:
     if node.target in _HOLDS:
-        return _rounded(uniform(node.args[_HOLDS[node.target]], depth + 1), node)
+        return _rounded(_held(node.args[_HOLDS[node.target]], known, depth + 1), node)
     if node.target in _FIXED:
         return _FIXED[node.target]
     operation = _ARITHMETIC.get(node.target)
@@ -54,7 +79,7 @@ def _evaluate(node: Node, depth: int) -> float | None:
     for (
         argument
     ) in node.args:  # one that is data ends it, so that a graph that forks is not followed everywhere
-        number = uniform(argument, depth + 1)
+        number = _held(argument, known, depth + 1)
         if number is None:
             return None
         numbers.append(number)

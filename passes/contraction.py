@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.constants import present
 from attnopt.passes.layout import CASTS, COPIES, RESHAPES, Axes, Dims, Space, input_node, permutation
 from attnopt.passes.sizes import is_one, shape_of
 
@@ -42,6 +43,15 @@ def contraction(node: Node) -> Contraction | None:
     reader = _READERS.get(node.target) if node.op == "call_function" else None
     form = None if reader is None else reader(node)
     return form if form is not None and _is_plain(form) else None
+
+
+def scaled_by_sizes(node: Node) -> tuple[Contraction, Node] | None:
+    """A baddbmm whose alpha is made of sizes, as if alpha were 1; and alpha, which the reader has to apply."""
+    alpha = node.kwargs.get("alpha")
+    if _READERS.get(node.target) is not _baddbmm or not isinstance(alpha, Node) or present(alpha) is not None:
+        return None
+    form = _blended(node, 1.0)
+    return None if form is None else (form, alpha)
 
 
 def summed_product(node: Node) -> Contraction | None:
@@ -125,16 +135,16 @@ def _last(letters: Letters, n: int) -> Letters:
 
 
 def _baddbmm(node: Node) -> Contraction | None:
+    alpha = present(node.kwargs.get("alpha", 1))
+    return None if alpha is None else _blended(node, alpha)
+
+
+def _blended(node: Node, alpha: float) -> Contraction | None:
     added, lhs, rhs = node.args[:3]
-    form = _matmul(node, lhs, rhs)
-    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    if (
-        form is None
-        or not isinstance(added, Node)
-        or not all(isinstance(x, int | float) for x in (alpha, beta))
-    ):
+    form, beta = _matmul(node, lhs, rhs), present(node.kwargs.get("beta", 1))
+    if form is None or not isinstance(added, Node) or beta is None:
         return None
-    return replace(form, factor=float(alpha), added=added if beta else None, added_factor=float(beta))  # type: ignore[arg-type]
+    return replace(form, factor=alpha, added=added if beta else None, added_factor=beta)
 
 
 def _inner(node: Node) -> Contraction | None:

@@ -26,8 +26,9 @@ def parts(site: Site) -> Iterator[tuple[str, Operand]]:
     """What the operands are made of: each under its own name, what is multiplied onto one under "factor"."""
     for name, operand in site.operands.items():
         if isinstance(operand, Operand):
-            yield name, operand
-            yield from (("factor", factor) for factor in operand.times)
+            yield from (
+                (name if part in (operand, *operand.beside) else "factor", part) for part in operand.parts
+            )
     yield from (("factor", factor) for factor in result_of(site).times)
 
 
@@ -143,7 +144,10 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
     )
     out = _to_layout(value, operand.dims, operand.layout or roles.layout(name), sizes, expand=needed)
     out = out.log() if operand.function == "log" else out
+    out = out.logsumexp(-1) if operand.function == "logsumexp" else out
     out = _differences(out) if operand.function == "differences" else out
+    if operand.beside:
+        out = torch.cat([out, *(arrange(part, name, roles, held, sizes) for part in operand.beside)], -1)
     out = _multiplied(out, operand.times, operand.layout or (*roles.layout(name)[:-1], ()), held, sizes)
     if operand.factor != 1.0:
         out = out * operand.factor
@@ -166,7 +170,7 @@ def _multiplied(
         if isinstance(scaled, Tensor):
             scaled = _to_layout(scaled, factor.dims, beside, sizes, expand=False)
         if factor.function == "keep":
-            out = torch.where(scaled.logical_not() if factor.negated else scaled, out, 0.0)
+            out = torch.where(scaled.logical_not() if factor.negated else scaled.bool(), out, 0.0)
             continue
         scaled = _cast(scaled, out.dtype) if isinstance(scaled, Tensor) else scaled
         out = out / scaled if factor.inverse else out * scaled

@@ -1,10 +1,14 @@
 """What hides keys at a site: each source as it was read, and all of them together."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnopt.mask import FULL, Mask
+from attnopt.passes.masks import MaskReading, Role
 from attnopt.passes.site import Operand
+
+#: Stand for dimensions that are no role, or only part of one.
+MIXED: tuple[Role, ...] = ("x", "y")
 
 #: Blockwise backward passes work from the logarithm of each row's sum, and cannot where that is a sum of such numbers.
 LOST_IN_SUMS = (
@@ -59,3 +63,19 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
     stem = name.rstrip("0123456789")
     candidates = (name, *(f"{stem}{n}" for n in range(1, len(taken) + 2)))
     return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def lies_deeper(inner: Hidden, outer: Hidden, absorbing: float) -> bool:
+    """Whether what `inner` hides is hidden once more by `outer`, and both absorb any score.
+
+    Such keys lie as low again as those that `outer` hides alone: they have no weight in any row, as if the fill of
+    `inner` were -inf, provided it leaves each query a key.
+    """
+    return max(inner.fill, outer.fill) <= absorbing and inner.mask & outer.mask == outer.mask
+
+
+def whole(reading: MaskReading, roles: tuple[Role | None, ...]) -> MaskReading | None:
+    """The reading, unless it depends on a dimension that is no role: no operand could be laid out."""
+    if not {*MIXED} & {*roles}:
+        return reading
+    return None if reading.mask.operand_names() else replace(reading, otherwise=())

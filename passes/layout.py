@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Node
 
-from attnopt.passes.sizes import Size, divide, is_one, product, same, shape_of
+from attnopt.passes.sizes import Size, divide, is_one, product, same, shape_of, size_of
 from attnopt.rule import Reject
 
 aten = torch.ops.aten
@@ -230,7 +230,9 @@ def step_up(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
 
 
 def broadcast_up(dims: Dims, shape: Sequence[Size]) -> Dims:
-    """Labels of an operand of the given shape that is broadcast to a tensor with the labels `dims`."""
+    """Labels of an operand of the given shape that is broadcast to a tensor with the labels `dims`, or Reject."""
+    if len(shape) > len(dims):
+        raise Reject(f"a tensor of {len(dims)} dimensions is broadcast to one of {len(shape)}")
     aligned = dims[len(dims) - len(shape) :]
     return tuple(() if is_one(size) else axes for axes, size in zip(aligned, shape, strict=True))
 
@@ -240,7 +242,7 @@ def _repeat_up(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None
     if node.target == aten.repeat.default:
         source = input_node(node)
         aligned = dims[len(dims) - len(shape_of(source)) :]
-        counts = cast(Sequence[Any], node.args[1])[-len(aligned) :]
+        counts = [_count(n) for n in cast(Sequence[Any], node.args[1])[-len(aligned) :]]
         pairs = zip(aligned, counts, shape_of(source), strict=True)
         return source, tuple(regroup(space, axes, (n, size), node)[1] for axes, n, size in pairs)
     if (
@@ -253,6 +255,11 @@ def _repeat_up(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None
         kept = regroup(space, dims[at], (shape_of(source)[at], n), node)[0]
         return source, (*dims[:at], kept, *dims[at + 1 :])
     return None
+
+
+def _count(given: Any) -> Size:
+    """How often something is repeated: a number, or a node that holds a size."""
+    return size_of(given.meta["val"]) if isinstance(given, Node) else size_of(given)
 
 
 def step_down(space: Space, node: Node, dims: Dims) -> Dims | None:

@@ -54,19 +54,29 @@ class LinearRule:
     def read(self, anchor: Node, shadow: Shadow) -> Site:
         """The site whose last product is `anchor`. Raises Reject, of depth -1 where it is no linear attention."""
         reasons = [Reject("no product of queries, keys and values", anchor, -1)]
+        sites: list[Site] = []
         for structure in structures(shadow, anchor):
             try:
-                return _site(shadow, structure)
+                sites.append(_site(shadow, structure))
             except Reject as reject:
                 reasons.append(Reject(reject.reason, reject.node or anchor, structure.depth))
+                continue
+            if not sites[-1].needless:
+                return sites[-1]
+        if sites:
+            return sites[0]
         raise max(reasons, key=lambda reject: reject.depth)
 
 
 def _site(shadow: Shadow, found: Structure) -> Site:
-    """The first reading, of all roles and endings, that is proven; of the reasons, that which got furthest."""
+    """The first reading, of all roles and endings, that is proven; of the reasons, that which got furthest.
+
+    A reading that leaves the call something to save goes before one that does not.
+    """
     if found.weighting.strange:
         raise Reject(*found.weighting.strange[0])
     reasons: list[Reject] = []
+    needless: list[Site] = []
     for ending in endings(shadow, found):
         for roles in role_candidates(found.trio, found.weighed):
             try:
@@ -75,9 +85,15 @@ def _site(shadow: Shadow, found: Structure) -> Site:
                 reasons.append(reject)
                 continue
             try:
-                return _build(shadow, _Reading(found, ending, roles, proven))
+                site = _build(shadow, _Reading(found, ending, roles, proven))
             except Reject as reject:
                 reasons.append(Reject(reject.reason, reject.node, 3 if ending.divisor else 1))
+                continue
+            if not site.needless:
+                return site
+            needless.append(site)
+    if needless:
+        return needless[0]
     raise max(reasons, key=lambda reject: reject.depth)
 
 
@@ -134,10 +150,32 @@ class _Reading:
 def _build(shadow: Shadow, r: _Reading) -> Site:
     spec, operands, root = _spec(r), _operands(r), r.ending.root
     interior = frozenset((*r.found.weighting.path, *r.ending.path, *_dependent(r)))
-    _check(shadow, operands, spec, interior, root)
+    _check(operands, spec, root)
     _check_path(r)
     result = Result(r.roles, r.found.space.resolve(r.ending.out), root.meta["val"].dtype)
-    return Site(LinearRule.name, root, spec, operands, result, interior - {root})
+    return Site(
+        LinearRule.name,
+        root,
+        spec,
+        operands,
+        result,
+        interior - {root},
+        needless=_needless(shadow, interior, r),
+    )
+
+
+def _needless(shadow: Shadow, interior: frozenset[Node], r: _Reading) -> str:
+    """Why a call would save nothing where the graph returns inner values; Reject where anything else uses them."""
+    returned = [node for node in sorted(interior - {r.ending.root}) if node in shadow.results]
+    check_inside(shadow, interior, r.ending.root, frozenset(returned))
+    weighting = r.found.weighting
+    scores = weighting.path[-1] if weighting.factors or weighting.gates or weighting.triangles else None
+    for node in returned:
+        if node is not scores:
+            return (
+                f"an inner value ({node.name}) is also returned by the graph, so it must be computed anyway"
+            )
+    return ""
 
 
 def _operands(r: _Reading) -> dict[str, Operand | Filled]:
@@ -185,20 +223,13 @@ def _dependent(r: _Reading) -> list[Node]:
     return [node for node in beside if node in inside]
 
 
-def _check(
-    shadow: Shadow,
-    operands: dict[str, Operand | Filled],
-    spec: AttentionSpec,
-    interior: frozenset[Node],
-    root: Node,
-) -> None:
+def _check(operands: dict[str, Operand | Filled], spec: AttentionSpec, root: Node) -> None:
     tensors = {name: o for name, o in operands.items() if isinstance(o, Operand)}
     devices = {o.node.meta["val"].device for o in tensors.values()}
     if len(devices) != 1:
         raise Reject(f"operands on different devices: {', '.join(sorted(map(str, devices)))}", root)
     if set(operands) != set(spec.operand_names()):
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", root)
-    check_inside(shadow, interior, root)
     check_unmutated(tensors, root)
 
 

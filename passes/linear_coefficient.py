@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import sympy
 from torch.fx import Node
 
-from attnopt.passes.mask_formula import Call, Data, NotUnderstood, Number
+from attnopt.passes.mask_formula import Call, NotUnderstood, Number
 from attnopt.passes.mask_numbers import is_constant
 from attnopt.passes.mask_reader import MaskReader
 from attnopt.passes.mask_writes import writes_after
@@ -83,10 +83,18 @@ def find_tensor(reader: MaskReader, number: Number, allowed: str) -> Source | No
     """The first tensor of the graph whose element is `number` everywhere, if it has positions of these kinds only."""
     for (node, index), held in reader.seen.items():
         if isinstance(held, dict) and len(held) == 1 and number in held:
-            found = _source(reader, node, index)
-            if found is not None and all(role is None or role[0] in allowed for role in found.roles):
+            found = source_at(reader, node, index, allowed)
+            if found is not None:
                 return found
     return None
+
+
+def source_at(reader: MaskReader, node: Node, index: tuple[sympy.Expr, ...], allowed: str) -> Source | None:
+    """The tensor, as in `_source`, if its positions are of these kinds only."""
+    found = _source(reader, node, index)
+    if found is None or not all(role is None or role[0] in allowed for role in found.roles):
+        return None
+    return found
 
 
 def _source(reader: MaskReader, node: Node, index: tuple[sympy.Expr, ...]) -> Source | None:
@@ -106,26 +114,6 @@ def _role(reader: MaskReader, at: sympy.Expr, size: Size) -> str | None:
     """The name of the position that a dimension of `size` runs over; None where there is none."""
     count = reader.logic.bounds.counts.get(at)
     return at.name if count is not None and sympy.expand(count - size) == 0 else None
-
-
-def reads(leaf: Number, position: sympy.Symbol) -> bool:
-    """Whether a number depends on a position."""
-    match leaf:
-        case Call(_, args):
-            return any(reads(argument, position) for argument in args)
-        case Data(_, index):
-            return any(e.has(position) for e in index)
-    return isinstance(leaf, sympy.Expr) and leaf.has(position)
-
-
-def replaced(number: Number, symbol: sympy.Symbol, by: sympy.Expr) -> Number:
-    """The same number at another position."""
-    match number:
-        case Call(op, args):
-            return Call(op, tuple(replaced(x, symbol, by) for x in args))
-        case Data(node, index):
-            return Data(node, tuple(e.subs(symbol, by) for e in index))
-    return number.subs(symbol, by) if isinstance(number, sympy.Expr) else number
 
 
 def times(left: Coefficient, right: Coefficient) -> Coefficient:

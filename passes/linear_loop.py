@@ -33,6 +33,7 @@ from attnopt.passes.linear_loop_reading import Reading, moved, normal_form
 from attnopt.passes.linear_loop_roles import Cast, Labels, cast_of, label
 from attnopt.passes.linear_loop_site import NAME, build, check_trials
 from attnopt.passes.linear_loop_tables import Table, tables_of
+from attnopt.passes.linear_product import product_of
 from attnopt.passes.mask_writes import arguments
 from attnopt.passes.reroll import Candidate, candidates, regions
 from attnopt.passes.reroll_cut import Region
@@ -178,6 +179,13 @@ def _check_smooth(region: Region) -> None:
             continue
         data.add(node)
         if name_of(node) in CORNERED:
+            if any(map(_sums_products, region.nodes)):
+                raise Reject(
+                    f"linear attention through running sums of keys times values, which also takes {name_of(node)}: "
+                    "no kernel states that",
+                    node,
+                    SURE,
+                )
             raise Reject(f"a loop over positions that takes {name_of(node)}: not linear attention", node, 1)
         if arguments(node).get("mask") in data or arguments(node).get("condition") in data:
             raise Reject("a loop over positions that decides by data what it adds", node, 1)
@@ -209,6 +217,12 @@ def _check_others(region: Region, cast: Cast, tables: Sequence[Table], decay: Fo
     for leaf in region.leaves:
         if leaf not in known and leaf in cast.patterns:
             raise Reject(f"{leaf.name} enters the loop beside queries, keys, values and the decay", leaf, 2)
+
+
+def _sums_products(node: Node) -> bool:
+    return name_of(node) == "cumsum" and any(
+        product_of(source) is not None for source in node.all_input_nodes
+    )
 
 
 #: Operations whose results are positive, whatever they are given.

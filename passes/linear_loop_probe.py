@@ -94,7 +94,7 @@ def run(region: Region, tables: Sequence[Table], how: Draw, *, gradients: bool =
         )
     if gradients:
         given = {leaf: value.requires_grad_() if leaf not in held else value for leaf, value in given.items()}
-    numbers = {node: sizes.of(node.meta["val"]) for node in region.numbers}
+    numbers = {node: sizes.number(node.meta["val"]) for node in region.numbers}
     with torch.set_grad_enabled(gradients):
         values = evaluate(region.nodes, {**given, **numbers}, sizes)
     return Trial(values, given)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from attnopt.passes.constants import constant
+from attnopt.passes.constants import constant, present
 from attnopt.passes.layout import CASTS, Dims, Space, step_up
 from attnopt.passes.linear_product import End
 from attnopt.passes.mask_writes import arguments, operation
@@ -93,7 +93,7 @@ Inner = tuple[Node, Divisor]
 def _sides(held: Mapping[str, Any]) -> list[tuple[Node, float]]:
     """An operation on a tensor and a constant, whichever comes first."""
     left, right = held["self"], held.get("other")  # torch.max along a dimension has no other
-    pairs = [(left, constant(right)), (right, constant(left))]
+    pairs = [(left, present(right)), (right, present(left))]
     return [(tensor, number) for tensor, number in pairs if isinstance(tensor, Node) and number is not None]
 
 
@@ -108,7 +108,7 @@ def _shifted(held: Mapping[str, Any], found: Divisor) -> Inner | None:
 
 
 def _clamped(held: Mapping[str, Any], found: Divisor) -> Inner | None:
-    return None if held.get("max") is not None else _floored(held["self"], constant(held.get("min")), found)
+    return None if held.get("max") is not None else _floored(held["self"], present(held.get("min")), found)
 
 
 def _larger(held: Mapping[str, Any], found: Divisor) -> Inner | None:

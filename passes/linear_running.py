@@ -6,9 +6,8 @@ Mamba-2 reference (Dao and Gu 2024, arXiv:2405.21060, listing 1), which avoids t
 
 import sympy
 
-from attnopt.passes.linear_coefficient import replaced
 from attnopt.passes.mask_formula import AtMostZero, Call, Formula, NotUnderstood, Number, always
-from attnopt.passes.mask_numbers import compute
+from attnopt.passes.mask_numbers import compute, moved
 from attnopt.passes.mask_reader import At, Value, as_numbers
 from attnopt.passes.mask_rules import RULES
 from attnopt.passes.sizes import shape_of
@@ -64,7 +63,7 @@ def _of_data(at: At) -> Value:
 def _up_to(term: Number, along: sympy.Symbol, end: sympy.Expr) -> Number:
     """x[0] + ... + x[end]."""
     if _has(term, along):
-        return Call("running", (replaced(term, along, end),))
+        return Call("running", (moved(term, along, end),))
     return compute("mul", term, end + 1)
 
 
@@ -77,4 +76,4 @@ def _start(condition: Formula, along: sympy.Symbol, at: At) -> sympy.Expr:
 
 
 def _has(number: Number, symbol: sympy.Symbol) -> bool:
-    return replaced(number, symbol, symbol + 1) != number
+    return moved(number, symbol, symbol + 1) != number

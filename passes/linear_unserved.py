@@ -2,9 +2,11 @@
 
     delta rule     S = S (I - beta k k^T) + beta k^T v     (Yang et al. 2024, arXiv:2406.06484; gated, arXiv:2412.06464)
     vector gates   S = diag(a) S + k^T v                   (Yang et al. 2023, arXiv:2312.06635; WKV, arXiv:2305.13048)
+    exponential    S = exp(f) S + exp(i) k^T v, with a maximum taken out of both gates    (mLSTM, arXiv:2405.04517)
 
 Here in the forms that are no plain loop over a state: a delta rule in chunks, which inverts a triangle of products of
-keys with keys, and WKV, which carries a numerator and a denominator. Nothing is read, so that nothing can be wrong.
+keys with keys, WKV, which carries a numerator and a denominator, and mLSTM, whose divisor is bounded by the maximum.
+Nothing is read, so that nothing can be wrong.
 """
 
 from collections import deque
@@ -16,8 +18,9 @@ from torch.fx import Node
 from attnopt.passes.linear_product import product_of
 from attnopt.passes.linear_roles import is_weight
 from attnopt.passes.linear_solved import base_of, solved
+from attnopt.passes.linear_stabilised import stabilised
 from attnopt.passes.linear_wkv import running_means
-from attnopt.passes.mask_writes import operation
+from attnopt.passes.mask_writes import operation, writes_after
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
 
@@ -32,6 +35,10 @@ _DELTA = "a delta rule: the state is multiplied by a matrix, I - beta k k^T, whi
 _VECTOR = (
     "a gate for each channel: the state is multiplied by a vector at each step, which no kernel states yet"
 )
+_EXPONENTIAL = (
+    "exponential gates with a running maximum (as in mLSTM): the maximum bounds the sum that the output is divided by, "
+    "which no kernel states yet"
+)
 
 
 class UnservedRule:
@@ -45,7 +52,8 @@ class UnservedRule:
         reason = _named(shadow).get(anchor)
         if reason is None:
             raise Reject("no state is multiplied by more than a number here", anchor, -1)
-        raise Reject(reason, anchor, DEPTH, frozenset(after(shadow, anchor)))
+        above = before(shadow, anchor) if reason == _EXPONENTIAL else ()
+        raise Reject(reason, anchor, DEPTH, frozenset((*after(shadow, anchor), *above)))
 
 
 def _named(shadow: Shadow) -> Mapping[Node, str]:
@@ -68,6 +76,21 @@ def _found(shadow: Shadow) -> Iterator[tuple[Node, str]]:
 def _all(shadow: Shadow) -> Iterator[tuple[Node, str]]:
     yield from ((node, _DELTA) for node in solved(shadow))
     yield from ((node, _VECTOR) for node in running_means(shadow))
+    yield from ((node, _EXPONENTIAL) for node in _stabilised(shadow))
+
+
+def _stabilised(shadow: Shadow) -> Iterator[Node]:
+    """The last division of each recurrence: the maxima of the others lead to its own."""
+    covered: set[Node] = set()
+    for node, bound in reversed(list(stabilised(shadow))):
+        if covered.isdisjoint(_above(bound)):
+            yield node
+        covered.update(before(shadow, node))
+
+
+def _above(bound: Node) -> list[Node]:
+    """The maximum that makes a bound, exp(-m)."""
+    return [source for node in bound.all_input_nodes for source in node.all_input_nodes]
 
 
 def after(shadow: Shadow, node: Node) -> Iterator[Node]:
@@ -79,6 +102,23 @@ def after(shadow: Shadow, node: Node) -> Iterator[Node]:
         if operation(at) == "linear" or (at is not node and _is_layer(shadow, at)):
             continue
         fresh = [user for user in (*shadow.users(at), *_readers(shadow, at)) if user not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+
+
+def before(shadow: Shadow, node: Node) -> Iterator[Node]:
+    """All that the node follows from, writes in place included, down from the last layers with weights."""
+    pending, seen = deque([node]), {node}
+    while pending:
+        at = pending.popleft()
+        if (
+            at.op != "call_function"
+            or operation(at) == "linear"
+            or (at is not node and _is_layer(shadow, at))
+        ):
+            continue
+        yield at
+        fresh = [source for source in (*at.all_input_nodes, *writes_after(at, None)) if source not in seen]
         seen.update(fresh)
         pending.extend(fresh)
 

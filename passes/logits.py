@@ -1,14 +1,27 @@
 """Sorts what is added to, or filled into, the scores: a proven mask, an opaque mask, or a bias; and empty rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from attnopt.mask import FULL, Mask, Opaque
-from attnopt.passes.hidden import HALVED, LOST_IN_SUMS, SWAMPED, Hidden, together, visible_in
+from attnopt.passes.hidden import (
+    HALVED,
+    LOST_IN_SUMS,
+    MIXED,
+    SWAMPED,
+    Hidden,
+    lies_deeper,
+    together,
+    visible_in,
+    whole,
+)
 from attnopt.passes.layout import Axes, Dims, Space
+from attnopt.passes.logits_found import Logits
+from attnopt.passes.logits_parted import told_apart
 from attnopt.passes.masks import MaskReading, Role, may_have_empty_rows, read_additive, read_visible
 from attnopt.passes.scores_factors import faint
 from attnopt.passes.site import Operand, Roles
@@ -21,24 +34,6 @@ from attnopt.spec import EmptyRow
 ABSORBING = -1e30
 #: A finite fill at or below this leaves nothing of a score that is added to it even in fp64.
 LOST = -1e12
-
-#: Stand for dimensions that are no role, or only part of one.
-MIXED: tuple[Role, ...] = ("x", "y")
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """What the spec says about masks and biases, and the tensors it needs for that."""
-
-    mask: Mask = FULL
-    empty_row: EmptyRow = EmptyRow.NEVER
-    bias: tuple[str, ...] = ()
-    operands: Mapping[str, Operand] = field(default_factory=dict)
-    otherwise: tuple[
-        tuple[Mask, Mapping[str, Operand]], ...
-    ] = ()  # other words for the mask, and its tensors
-    forward_only: str = ""  # why gradients may be others than the graph's
-    keys: tuple[Operand, ...] = ()  # what the keys are multiplied with
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +52,23 @@ class LogitsReader:
 
     def read(self, fills: Iterable[Fill], terms: Iterable[Term]) -> Logits:
         """Everything between the scaled scores and the softmax."""
-        fills, terms = tuple(fills), tuple(terms)
+        fills, terms = self._parted(tuple(fills), tuple(terms))
         told = {id(f): self._faint(f, fills, terms) for f in fills if not self.is_hiding(f)}
         found = [pair for pair in told.values() if pair is not None]
         kept = [fill for fill in fills if told.get(id(fill)) is None]
         logits = self._read(kept, terms, [self._relative(bias) for bias, _ in found])
         return replace(logits, keys=tuple(keep for _, keep in found))
+
+    def _parted(
+        self, fills: tuple[Fill, ...], terms: tuple[Term, ...]
+    ) -> tuple[tuple[Fill, ...], tuple[Term, ...]]:
+        """The same, with biases told apart from masks that are filled into them, where each query surely sees a key."""
+        biases = {n: term for n, term in enumerate(terms) if self._additive(term) is None}
+        masked, plain = told_apart(self.space, biases, self.is_hiding)
+        hidden = [self._fill(fill).mask for fill in (*fills, *masked) if self.is_hiding(fill)]
+        if not masked or self._may_be_empty(visible_in([self.given, *hidden])):
+            return fills, terms
+        return (*fills, *masked), tuple(plain.get(n, term) for n, term in enumerate(terms))
 
     def is_hiding(self, fill: Fill) -> bool:
         """Whether a filled score weighs nothing beside a visible one."""
@@ -104,18 +110,12 @@ class LogitsReader:
     def _is_outermost(
         self, fills: Sequence[Fill], filled: Sequence[Hidden], added: Sequence[tuple[Term, Hidden]]
     ) -> bool:
-        """Whether what the only fill hides is hidden once more by the only finite mask that is added to it.
-
-        Such keys lie as low again as those that the mask hides alone: they have no weight in any row, as if the fill
-        were -inf, provided the fill leaves each query a key.
-        """
+        """Whether what the only fill hides is hidden once more by the only finite mask that is added to it."""
         if len(filled) != 1 or len(fills) != 1 or len(added) != 1:
             return False
         (fill,), (hidden,), ((term, other),) = fills, filled, added
         inside = fill.at is not None and term.at is not None and fill.at < term.at
-        low = max(hidden.fill, other.fill) <= ABSORBING
-        always = not self._may_be_empty(hidden.mask)
-        return inside and low and always and hidden.mask & other.mask == other.mask
+        return inside and lies_deeper(hidden, other, ABSORBING) and not self._may_be_empty(hidden.mask)
 
     def _may_be_empty(self, mask: Mask) -> bool:
         sizes = self.sizes()
@@ -139,7 +139,7 @@ class LogitsReader:
         reading = (
             None
             if roles is None
-            else _whole(read_visible(fill.node, roles, sizes, negated=fill.hides, at=fill.at), roles)
+            else whole(read_visible(fill.node, roles, sizes, negated=fill.hides, at=fill.at), roles)
         )
         if reading is None:
             operand = Operand(fill.node, self.space.resolve(fill.dims), negated=fill.hides)
@@ -154,7 +154,7 @@ class LogitsReader:
             return None
         roles, sizes = self._labels(term.dims)
         reading = None if roles is None else read_additive(term.node, roles, sizes, at=term.at)
-        visible = None if reading is None or roles is None else _whole(reading.visible, roles)
+        visible = None if reading is None or roles is None else whole(reading.visible, roles)
         if reading is None or visible is None:
             return None
         if reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(value.dtype).min):
@@ -189,7 +189,8 @@ class LogitsReader:
             return EmptyRow.ZERO if self.safe and biased else EmptyRow.NEVER
         if all(h.fill == -torch.inf for h in hidden):
             return EmptyRow.ZERO if self.safe else EmptyRow.NAN
-        if len(hidden) != 1 or (biased and (added or over)):
+        alike = not added and len({h.fill for h in filled}) == 1  # one after the other, with one number
+        if (len(hidden) != 1 and not alike) or (biased and (added or over)):
             return None
         if hidden[0].passes:
             return EmptyRow.ABSORBED if hidden[0].fill <= ABSORBING else None
@@ -220,7 +221,7 @@ class LogitsReader:
                 f"scores with a bias are raised to at least {floors(term.casts)[0]:g}, which rows without keys notice",
                 term.node,
             )
-        return Operand(term.node, dims, term.factor, times)
+        return Operand(term.node, dims, term.factor, times, dtype=_widest(term) if times else None)
 
     def _finite_bias(self, term: Term, fill: float) -> Operand:
         """A finite number that hides keys, as a bias."""
@@ -284,12 +285,12 @@ class LogitsReader:
         return {role: product(a.size for a in axes) for role, axes in named}
 
 
+def _widest(term: Term) -> torch.dtype:
+    """The dtype in which a graph multiplies what is added: that of the sum, and of what multiplies it."""
+    values = [n.meta["val"] for n in (term.at, *(factor.node for factor in term.times)) if n is not None]
+    dtypes = (value.dtype for value in values if isinstance(value, Tensor) and value.dtype.is_floating_point)
+    return reduce(torch.promote_types, dtypes, term.node.meta["val"].dtype)
+
+
 def _merged(dims: Dims) -> Axes:
     return tuple(axis for axes in dims for axis in axes)
-
-
-def _whole(reading: MaskReading, roles: tuple[Role | None, ...]) -> MaskReading | None:
-    """The reading, unless it depends on a dimension that is no role: no operand could be laid out."""
-    if not {*MIXED} & {*roles}:
-        return reading
-    return None if reading.mask.operand_names() else replace(reading, otherwise=())

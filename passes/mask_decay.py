@@ -20,8 +20,6 @@ from attnopt.passes.linear_coefficient import (
     Source,
     coefficient,
     find_tensor,
-    reads,
-    replaced,
     times,
 )
 from attnopt.passes.mask_algebra import KEY, QUERY, algebra_for
@@ -36,7 +34,7 @@ from attnopt.passes.mask_formula import (
     Number,
     parts_of,
 )
-from attnopt.passes.mask_numbers import is_constant
+from attnopt.passes.mask_numbers import is_constant, moved, reads
 from attnopt.passes.mask_reader import MaskReader, as_numbers
 from attnopt.passes.mask_rules import reader_for
 from attnopt.passes.mask_writes import arguments, operation, writes_after
@@ -196,7 +194,7 @@ def _per_token(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReadin
     if at_query is None or not same(sq, sk):
         return None
     sign = exponent[at_query]
-    if sign not in (ONE, -ONE) or exponent.get(replaced(at_query, QUERY, KEY)) != -sign:
+    if sign not in (ONE, -ONE) or exponent.get(moved(at_query, QUERY, KEY)) != -sign:
         return None
     scalars, sums = _without_scalars(at_query)
     found, cumulative = _sums(reader, sums)

@@ -1,6 +1,7 @@
 """What the elements of a given tensor have in common: one number, evenly spaced ones, or one number a diagonal."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -35,7 +36,15 @@ class Diagonals:
     rest: float
 
 
-Form = Spaced | Diagonals
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """In each plane of the last two dimensions, of any size, what `Diagonals` says; the same in all planes."""
+
+    runs: tuple[tuple[int, float], ...]
+    rest: float
+
+
+Form = Spaced | Diagonals | Planes
 
 
 def form_of(held: Tensor) -> Form | None:
@@ -83,10 +92,23 @@ def element_of(form: Form, index: Index, shape: tuple[object, ...], logic: Logic
         case Spaced(start, step) if len(kept) == 1:
             return always(sympy.Integer(int(start)) + sympy.Integer(int(step)) * kept[0])
         case Diagonals(runs, rest) if len(kept) == 2:
-            value = always(from_float(rest))
-            for end, number in reversed(runs):
-                value = logic.select(
-                    logic.at_most_zero(kept[1] - kept[0] - end), always(from_float(number)), value
-                )
-            return value
+            return _on_diagonal(runs, rest, kept[1] - kept[0], logic)
+        case Planes(runs, rest) if len(index) > 1:
+            return _on_diagonal(runs, rest, index[-1] - index[-2], logic)
     raise NotUnderstood
+
+
+def _on_diagonal(runs: tuple[tuple[int, float], ...], rest: float, at: sympy.Expr, logic: Logic) -> Cases:
+    value = always(from_float(rest))
+    for end, number in reversed(runs):
+        value = logic.select(logic.at_most_zero(at - end), always(from_float(number)), value)
+    return value
+
+
+def plane(form: Planes, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this form."""
+    r, c = (torch.arange(n) for n in shape[-2:])
+    value = torch.full((shape[-2], shape[-1]), form.rest, dtype=torch.float64)
+    for end, number in reversed(form.runs):
+        value = torch.where(c[None, :] - r[:, None] <= end, number, value)
+    return value.to(dtype).expand(*shape).clone()

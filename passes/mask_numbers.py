@@ -7,8 +7,10 @@ from typing import Any, TypeGuard
 
 import sympy
 import torch
+from torch.fx import Node
 from torch.utils._sympy.functions import FloorDiv, PythonMod
 
+from attnopt.passes.constants import present
 from attnopt.passes.mask_bounds import POSITIONS, Bounds, integer_of
 from attnopt.passes.mask_formula import (
     FALSE,
@@ -34,6 +36,8 @@ def as_leaf(given: Any) -> Number:
     """A Python number, a SymInt, or a node that holds one."""
     if isinstance(given, bool):
         return sympy.Integer(int(given))
+    if isinstance(given, Node) and isinstance(given.meta.get("val"), torch.SymFloat):
+        given = present(given)
     if isinstance(given, float):
         return from_float(given)
     found = integer_of(given)

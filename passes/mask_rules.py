@@ -15,6 +15,7 @@ from attnopt.passes.mask_bounds import Role, bounds_for
 from attnopt.passes.mask_formula import Cases, Formula, Logic, NotUnderstood, Number, always, negate
 from attnopt.passes.mask_literals import element_of, form_of
 from attnopt.passes.mask_numbers import at_most, below, compute, convert, equal, from_float, is_exact
+from attnopt.passes.mask_products import PRODUCTS
 from attnopt.passes.mask_reader import At, MaskReader, Rule, Value, as_numbers
 from attnopt.passes.mask_views import VIEWS, choose, piecewise
 from attnopt.passes.sizes import Size, shape_of
@@ -80,8 +81,8 @@ def _comparison(test: Callable[[Logic, Number, Number], Formula]) -> Rule:
 def _sample(given: Any) -> Any:
     """What decides the dtype in which torch compares."""
     value = given.meta["val"] if isinstance(given, Node) else given
-    if isinstance(value, torch.SymInt):
-        return 0
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return 0 if isinstance(value, torch.SymInt) else 0.0
     if not isinstance(value, Tensor | int | float):
         raise NotUnderstood
     return value
@@ -211,7 +212,8 @@ def _input(at: At) -> Value:
     buffer = at.node.meta.get(BUFFER)
     if buffer is None or at.reader.written(at.node):
         raise NotUnderstood
-    value = _element(at, buffer.value)
+    handed = buffer.handed
+    value = _element(at, buffer.value) if handed is None else element_of(handed, at.index, at.shape, at.logic)
     buffer.read = True
     return value
 
@@ -258,6 +260,7 @@ RULES: Mapping[object, Rule] = MappingProxyType(
     {
         **VIEWS,
         **COMPARISONS,
+        **PRODUCTS,
         "arange": _arange,
         **{name: _constant(0.0) for name in ("zeros", "zeros_like", "new_zeros", "zero")},
         **{name: _constant(1.0) for name in ("ones", "ones_like", "new_ones")},
@@ -287,9 +290,7 @@ RULES: Mapping[object, Rule] = MappingProxyType(
         "negative": _arithmetic("neg", "self"),
         "absolute": _arithmetic("abs", "self"),
         "pow": _arithmetic("pow", "self", "exponent"),
-        "clamp": _clamp,
-        "clamp_min": _clamp,
-        "clamp_max": _clamp,
+        **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
         "cumsum": _cumsum,
         "diff": _diff,
         "lift_fresh_copy": _copy_of_literal,

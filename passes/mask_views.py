@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from attnopt.passes.mask_formula import Cases, Formula, Index, NotUnderstood
 from attnopt.passes.mask_reader import At, Rule, Value, as_numbers, broadcast
+from attnopt.passes.mask_regroup import regrouped
 from attnopt.passes.mask_writes import arguments, operation, start_of
 from attnopt.passes.sizes import is_one, same, shape_of
 
@@ -86,15 +87,12 @@ def _moved(index: Index, dim: int, to: sympy.Expr) -> Index:
 
 
 def _reshape(at: At) -> Index:
-    """Only where dimensions of size 1 come or go: all others keep their order and size."""
+    """Dimensions of size 1 come or go, all others keep their order; some may become one, and one may become several."""
     if _source(at).meta["val"].dtype != at.node.meta["val"].dtype:  # view(dtype) reads the bits anew
         raise NotUnderstood
     kept = [(e, size) for e, size in zip(at.index, at.shape, strict=True) if not is_one(size)]
     source = shape_of(_source(at))
-    sizes = [size for size in source if not is_one(size)]
-    if len(kept) != len(sizes) or not all(same(a, b) for (_, a), b in zip(kept, sizes, strict=True)):
-        raise NotUnderstood
-    indices = iter(e for e, _ in kept)
+    indices = iter(regrouped(kept, [size for size in source if not is_one(size)]))
     ones = iter(e for e, size in zip(at.index, at.shape, strict=True) if is_one(size))
     return tuple(next(ones, ZERO) if is_one(size) else next(indices) for size in source)
 

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 from attnopt.buffers import BUFFER
 from attnopt.passes import emit
 from attnopt.passes.layout import dropout_rate
+from attnopt.passes.mask_literals import Planes, plane
 from attnopt.passes.mask_writes import is_settled, writes_after
-from attnopt.passes.sizes import Concrete
+from attnopt.passes.sizes import Concrete, seen_float, size_of
 from attnopt.passes.softmax_nodes import same_value
 from attnopt.rule import Site
 from attnopt.shadow import CONSTANT, Shadow
@@ -104,6 +105,9 @@ def evaluate(nodes: Sequence[Node], values: Mapping[Node, Any], sizes: Concrete)
 
 
 def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Generator) -> Any:
+    settled = _settled(node.meta.get("val"), sizes)
+    if settled is not None:
+        return settled
     if node.op == "placeholder":
         return _input(node, sizes, free)
     if node.op == "get_attr":
@@ -120,6 +124,16 @@ def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Gen
     if _makes_floats(node):
         args = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _settled(value: Any, sizes: Concrete) -> float | None:
+    """A number that does not follow from the sizes at hand: one read as it is now, or that guards leave one value."""
+    if isinstance(value, torch.SymFloat):
+        return seen_float(value)
+    implied = (
+        isinstance(value, torch.SymInt) and not value.node.expr.is_number and type(size_of(value)) is int
+    )
+    return sizes.of(value) if implied else None
 
 
 def _drops(node: Node) -> bool:
@@ -172,6 +186,8 @@ def _input(node: Node, sizes: Concrete, free: torch.Generator) -> Any:
     if CONSTANT in node.meta:
         return value.detach().cpu().clone()
     buffer = node.meta.get(BUFFER)
+    if buffer is not None and buffer.read and isinstance(buffer.handed, Planes):
+        return plane(buffer.handed, [sizes.of(s) for s in value.shape], value.dtype)
     if buffer is not None and buffer.read:
         return buffer.value.detach().cpu().clone()
     if isinstance(value, torch.SymInt):

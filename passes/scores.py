@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from attnopt.passes.contraction import Contraction, contraction, label_up, summed_product
+from attnopt.passes.contraction import Contraction, contraction, label_up, scaled_by_sizes, summed_product
 from attnopt.passes.layout import Dims, Space, step_up
 from attnopt.passes.mask_writes import writes_after
-from attnopt.passes.scores_steps import Move, added_term, moves
-from attnopt.passes.terms import Scores
+from attnopt.passes.scores_moves import Move, settled
+from attnopt.passes.scores_steps import added_term, moves
+from attnopt.passes.terms import Scores, Term
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
@@ -37,6 +38,9 @@ class ScoreReader:
         form = contraction(node) or summed_product(node)
         if form is not None:
             return self._contract(form, dims, here)
+        if (scaled := scaled_by_sizes(node)) is not None:
+            read = self._contract(scaled[0], dims, here)
+            return replace(read, factors=(*read.factors, Term(scaled[1], ())))
         return self._best(self._above(node, dims, here))
 
     def _need_readable(self, node: Node, below: Scores) -> None:
@@ -81,6 +85,7 @@ class ScoreReader:
             )
         terms = here.terms
         if form.added is not None:
+            here = settled(here)
             terms = (*terms, added_term(form.node, form.added, dims, here, form.added_factor))
         q, k = label_up(self.space, form, dims)
         return replace(here, scale=here.scale * form.factor, terms=terms, form=form, q=q, k=k)

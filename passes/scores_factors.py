@@ -1,15 +1,16 @@
 """What multiplies the scores, or replaces some of them, told as what multiplies queries and keys."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isfinite
 
 import torch
 from torch.fx import Node
 
-from attnopt.passes.layout import Space, broadcast_up
+from attnopt.passes.layout import CASTS, Space, broadcast_up, input_node
+from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.sizes import shape_of
-from attnopt.passes.terms import Fill, Term, held_as
+from attnopt.passes.terms import NEGLIGIBLE, Fill, Term, held_as
 from attnopt.rule import Reject
 
 aten = torch.ops.aten
@@ -22,10 +23,67 @@ def on_operands(space: Space, roles: Roles, factors: Sequence[Term]) -> tuple[Ti
     queries: list[Operand] = []
     keys: list[Operand] = []
     for factor in factors:
+        check_moderate(factor)
         for part in _parts(space, roles, factor):
             operand = Operand(part.node, space.resolve(part.dims), part.factor, inverse=part.inverse)
             (keys if _along(space, part) & set(roles.key) else queries).append(operand)
     return tuple(queries), tuple(keys)
+
+
+def check_moderate(factor: Term) -> None:
+    """Raises Reject where numbers that would hide a key are multiplied onto the scores instead of added.
+
+    Such products overflow, or differ by more than a softmax can bear, as soon as they are rounded in another order.
+    """
+    for number in _numbers_in(factor.node):
+        if not abs(number) < -NEGLIGIBLE:
+            reason = (
+                f"the scores are multiplied by a tensor made of {number:g}, whose product with them overflows or is "
+                "all rounding; add a mask to the scores, or fill them"
+            )
+            raise Reject(reason, factor.node)
+
+
+#: Operations through which a number that is written down reaches a tensor as it is.
+_ELEMENTWISE = frozenset(
+    {
+        "mul", "div", "add", "sub", "rsub", "neg", "where", "masked_fill", "to", "_to_copy", "unsqueeze", "squeeze",
+        "expand", "view", "reshape", "slice", "select", "permute", "transpose", "mT", "clone", "contiguous", "full",
+        "full_like", "new_full", "fill", "clamp", "maximum", "minimum", "scalar_tensor", "lift_fresh_copy",
+    }
+)  # fmt: skip
+
+
+def _numbers_in(node: Node) -> Iterator[float]:
+    seen, pending = {node}, [node]
+    while pending:
+        here = pending.pop()
+        if operation(here) not in _ELEMENTWISE:
+            continue
+        call = arguments(here)
+        yield from (float(call[name]) for name in _VALUES if isinstance(call.get(name), int | float))
+        above = [n for n in here.all_input_nodes if n not in seen]
+        seen.update(above)
+        pending.extend(above)
+
+
+#: Arguments that are numbers to compute with; others are sizes and places.
+_VALUES = ("self", "other", "value", "fill_value", "alpha", "min", "max", "s")
+
+
+def on_values(space: Space, roles: Roles, factors: Sequence[Term]) -> Times:
+    """Factors of the weights that vary along the keys alone, as factors of the values. Raises Reject for another."""
+    for factor in factors:
+        if not is_by_key(space, roles, factor):
+            reason = "the weights are multiplied by a tensor along the keys that is not made of a mask"
+            raise Reject(reason, factor.at or factor.node)
+    return tuple(Operand(f.node, space.resolve(f.dims), inverse=f.inverse) for f in factors)
+
+
+def is_by_key(space: Space, roles: Roles, part: Term | Fill) -> bool:
+    """Whether a tensor varies along nothing but the keys and what they have in common with the values."""
+    held = {axis for axes in space.resolve(part.dims) for axis in axes}
+    return held <= {*roles.batch, *roles.kv_heads, *roles.key}
 
 
 def _along(space: Space, term: Term) -> set[object]:
@@ -71,5 +129,13 @@ def faint(
     first = at is not None and all(other.at is not None and at < other.at for other in others)
     if not (alone and first and isfinite(value)):
         return None
-    bias = Operand(fill.node, dims, value, dtype=torch.float32, negated=not fill.hides)
-    return bias, Operand(fill.node, dims, negated=fill.hides, function="keep")
+    node = _uncast(fill.node)
+    bias = Operand(node, dims, value, dtype=torch.float32, negated=not fill.hides)
+    return bias, Operand(node, dims, negated=fill.hides, function="keep")
+
+
+def _uncast(condition: Node) -> Node:
+    """A condition as it was before it became a number."""
+    while condition.target in CASTS and condition.meta["val"].dtype != torch.bool:
+        condition = input_node(condition)
+    return condition

@@ -83,8 +83,6 @@ def _label(space: Space, call: dict[str, Any], node: Node) -> tuple[Dims, Dims, 
         share, kv = _share(space, batch[-1], k[-3], node)
         batch, kv_batch = (*batch[:-1], kv + share), (*batch[:-1], kv)
     i, j, d, dv = space.fresh(q[-2]), space.fresh(k[-2]), space.fresh(q[-1]), space.fresh(v[-1])
-    if not j:
-        raise Reject("attention to a single key", node)
     return (
         _fitted(space, broadcast_up((*batch, i, d), q), q, node),
         _fitted(space, broadcast_up((*kv_batch, j, d), k), k, node),

@@ -12,6 +12,7 @@ from torch.fx import Node
 from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Axes, Axis, Dims, Space, input_node, step_up
 from attnopt.passes.mask_writes import is_settled, sharing, writes_after, written_by
+from attnopt.passes.sizes import shape_of
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
@@ -25,10 +26,11 @@ class Operand:
     factor: multiplied onto it. times: further tensors, or scalars, multiplied onto it (`inverse`: dividing it). rsqrt:
     it is divided by the square root of the length of these axes. dtype: what it is cast to first (None: left as it
     is). negated: a boolean operand is inverted first. function: what is taken of it before the factors, such as its
-    natural logarithm ("log"), or the "differences" of neighbours, which undo a running sum; in the end, what
-    it is "relative" to the largest of its row; or how it is multiplied:
-    what it does not keep becomes 0, even NaN ("keep"). layout: its canonical dimensions, where its name does not tell
-    them.
+    natural logarithm ("log"), the logarithm of the sum of exponentials along its last dimension ("logsumexp"), or the
+    "differences" of neighbours, which undo a running sum; in the end, what it is "relative" to the largest of its row;
+    or how it is multiplied: what it does not keep becomes 0, even NaN ("keep"). layout: its canonical dimensions, where
+    its name does not tell them. beside: further features, each laid out for itself, that stand behind its own along the
+    last dimension.
     """
 
     node: Node
@@ -39,8 +41,14 @@ class Operand:
     rsqrt: Axes = ()
     dtype: torch.dtype | None = None
     negated: bool = False
-    function: Literal["", "log", "keep", "differences", "relative"] = ""
+    function: Literal["", "log", "keep", "differences", "relative", "logsumexp"] = ""
     layout: tuple[Axes, ...] | None = None
+    beside: "tuple[Operand, ...]" = ()
+
+    @property
+    def parts(self) -> "tuple[Operand, ...]":
+        """Itself, and all that it is made with."""
+        return (self, *self.times, *(part for other in self.beside for part in other.parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,10 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The axes of a site by what they mean; H = kv_heads x share, always grouped: head h reads kv head h // share."""
+    """The axes of a site by what they mean; H = kv_heads x share, always grouped: head h reads kv head h // share.
+
+    more: features behind d, of queries and keys that consist of several parts.
+    """
 
     batch: Axes = ()
     kv_heads: Axes = ()
@@ -62,6 +73,7 @@ class Roles:
     key: Axes = ()
     d: Axes = ()
     dv: Axes = ()
+    more: Axes = ()
 
     @property
     def heads(self) -> Axes:
@@ -91,16 +103,17 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How the kernel's output (B, H, Sq, Dv) becomes the value of the root; times: tensors multiplied onto it."""
+    """How the kernel's output (B, H, Sq, Dv) becomes the value of the root; times: tensors multiplied onto it.
+
+    layout: the kernel's dimensions, where it is not the output but the last state.
+    """
 
     roles: Roles
     dims: Dims
     dtype: torch.dtype
     factor: float = 1.0
     times: tuple[Operand, ...] = ()
-    layout: tuple[Axes, ...] | None = (
-        None  # the kernel's dimensions, where it is not the output but the last state
-    )
+    layout: tuple[Axes, ...] | None = None
 
 
 def assign_roles(
@@ -138,6 +151,8 @@ def flat(space: Space, dims: Dims) -> Axes:
 
 def _query(space: Space, scores: Dims, key: Axes, alone: Sequence[Axis]) -> Axes:
     """The query axis: the one beside the keys, of those that keys and values lack; none for a single query."""
+    if not key:
+        return tuple(alone[-1:])
     places = [set(space.leaves(axes)) for axes in scores]
     at = next((n for n, place in enumerate(places) if place & set(key)), len(places))
     beside = space.leaves(scores[at - 1]) if at > 0 else ()
@@ -150,8 +165,7 @@ def _query(space: Space, scores: Dims, key: Axes, alone: Sequence[Axis]) -> Axes
 def _batch_and_heads(space: Space, scores: Dims, shared: Sequence[Axis]) -> tuple[Axes, Axes]:
     if len(shared) > 1:
         return tuple(shared[:-1]), tuple(shared[-1:])
-    first = space.leaves(scores[0])
-    if shared and len(scores) > 3 and shared[0] not in first:
+    if shared and len(scores) > 3 and shared[0] not in space.leaves(scores[0]):
         return (), tuple(shared)
     return tuple(shared), ()
 
@@ -190,21 +204,18 @@ def _peel_one(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims, float] 
 
 def _is_upcast(node: Node) -> bool:
     before, after = input_node(node).meta["val"].dtype, node.meta["val"].dtype
-    return (
-        before.is_floating_point and after.is_floating_point and torch.promote_types(before, after) == after
-    )
+    floating = before.is_floating_point and after.is_floating_point
+    return floating and torch.promote_types(before, after) == after
 
 
 def _peel_scale(node: Node, dims: Dims) -> tuple[Node, Dims, float] | None:
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        tensors = [(a, b) for a, b in (node.args[:2], node.args[1::-1]) if constant(b) is not None]
-        for tensor, other in tensors[:1]:
-            number = constant(other)
-            if isinstance(tensor, Node) and number and tensor.meta["val"].shape == node.meta["val"].shape:
-                divided = "div" in str(node.target)
-                if divided and tensor is not node.args[0]:
-                    return None
-                return tensor, dims, 1 / number if divided else number
+    divided = node.target in (aten.div.Tensor, aten.div.Scalar)
+    if not divided and node.target not in (aten.mul.Tensor, aten.mul.Scalar):
+        return None
+    for tensor, other in (node.args[:2], node.args[1::-1])[: 1 if divided else 2]:
+        number = constant(other)
+        if number and isinstance(tensor, Node) and shape_of(tensor) == shape_of(node):
+            return tensor, dims, 1 / number if divided else number
     return None
 
 
@@ -217,20 +228,18 @@ def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtyp
     result = root
     for node, entered in operands:
         held = node.meta["val"].dtype
-        result = torch.promote_types(
-            result, held if torch.promote_types(held, entered) == entered else entered
-        )
+        loses = torch.promote_types(held, entered) != entered
+        result = torch.promote_types(result, entered if loses else held)
     return result
 
 
 def check_unmutated(operands: Mapping[str, Operand], root: Node) -> None:
     """Operands must hold the same value at the root as where the graph reads them."""
     for name, operand in operands.items():
-        for part in (operand, *operand.times):
-            if is_settled(part.node):
-                continue
-            for late in writes_after(part.node, root):
-                raise Reject(f"{name} is written to in place before the attention uses it", late)
+        for part in operand.parts:
+            late = () if is_settled(part.node) else writes_after(part.node, root)
+            if late:
+                raise Reject(f"{name} is written to in place before the attention uses it", late[0])
 
 
 def _storage(node: Node) -> int | None:
@@ -238,14 +247,17 @@ def _storage(node: Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
 
 
-def check_inside(shadow: Shadow, interior: Iterable[Node], root: Node) -> None:
-    """No interior value may be needed elsewhere, or returned."""
+def check_inside(
+    shadow: Shadow, interior: Iterable[Node], root: Node, returned: frozenset[Node] = frozenset()
+) -> None:
+    """No interior value may be needed elsewhere, or returned, except for some of which it is known that they are."""
     inside = {*interior, root}
     _check_buffers(shadow, inside)
     for node in inside - {root}:
         outside = [user for user in shadow.users(node) if user not in inside]
-        if node in shadow.results or outside:
-            user = "returned by the graph" if node in shadow.results else f"used by {outside[0].name}"
+        is_returned = node in shadow.results and (node not in returned or bool(writes_after(node, None)))
+        if is_returned or outside:
+            user = "returned by the graph" if is_returned else f"used by {outside[0].name}"
             raise Reject(f"an inner value of the attention ({node.name}) is also {user}", node)
 
 
@@ -271,9 +283,7 @@ def _check_buffers(shadow: Shadow, inside: set[Node]) -> None:
         for alias in () if buffer is None or buffer in inside else sharing(buffer) - inside:
             later = [u for u in shadow.users(alias) if u not in inside and node < u]
             if alias.op == "placeholder" or alias in shadow.results or later:
-                reason = (
-                    f"an inner value of the attention is written into {alias.name}, which is used elsewhere"
-                )
+                reason = f"an inner value of the attention is written into {alias}, which is used elsewhere"
                 raise Reject(reason, node, len(inside))
 
 
@@ -284,4 +294,6 @@ def _is_idle(shadow: Shadow, node: Node) -> bool:
 
 def with_dtype(operand: Operand, dtype: torch.dtype) -> Operand:
     """The operand cast to `dtype` unless it has it."""
-    return operand if operand.node.meta["val"].dtype == dtype else replace(operand, dtype=dtype)
+    beside = tuple(with_dtype(part, dtype) for part in operand.beside)
+    cast = None if operand.node.meta["val"].dtype == dtype else dtype
+    return replace(operand, dtype=cast or operand.dtype, beside=beside)

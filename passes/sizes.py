@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 #: A size: an int, or a sympy expression over the symbols of the graph.
 Size: TypeAlias = int | sympy.Expr
@@ -16,13 +18,19 @@ def size_of(value: int | torch.SymInt) -> Size:
     """The size as an int where it is one, else as its sympy expression."""
     if isinstance(value, torch.SymInt):
         expr = value.node.expr
-        return int(expr) if expr.is_number else expr
+        return int(expr) if expr.is_number else _implied(value, expr)
     return int(value)
 
 
+def _implied(value: torch.SymInt, expr: sympy.Expr) -> Size:
+    """An expression that the guards so far leave one value: s // 2, say, after something was broadcast along it."""
+    seen = None if expr.is_Symbol else getattr(value.node, "hint", None)
+    return expr if seen is None or not statically_known_true(value == seen) else int(seen)
+
+
 def shape_of(node: Node) -> tuple[Size, ...]:
-    """The shape of the tensor that a shadow node makes."""
-    return tuple(size_of(s) for s in node.meta["val"].shape)
+    """The shape of the tensor that a shadow node makes; a symbolic number is broadcast like one without dimensions."""
+    return tuple(size_of(s) for s in getattr(node.meta["val"], "shape", ()))
 
 
 def is_one(size: Size) -> bool:
@@ -61,6 +69,44 @@ def hint(value: int | torch.SymInt, default: int = 128) -> int:
     return default if seen is None else int(seen)
 
 
+def is_float_input(value: Any) -> bool:
+    """Whether a number is made of floats alone that came in from outside, such as attributes of a module."""
+    if not isinstance(value, torch.SymFloat):
+        return False
+    symbols = value.node.expr.free_symbols
+    return bool(symbols) and all(symbol_is_type(symbol, SymT.FLOAT) for symbol in symbols)
+
+
+def seen_float(value: torch.SymFloat) -> float | None:
+    """The number that a symbolic one was while tracing, without a guard; None where sizes or data make it."""
+    if value.node.expr.is_number:
+        return float(value.node.expr)
+    seen = getattr(value.node, "hint", None) if is_float_input(value) else None
+    return None if seen is None else float(seen)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a symbolic number is above 0 for certain: made of lengths by operations that keep it so."""
+    return isinstance(value, torch.SymInt | torch.SymFloat) and _is_above_zero(value.node.expr)
+
+
+def _is_above_zero(expr: sympy.Basic) -> bool:
+    if isinstance(expr, sympy.Symbol):
+        return bool(expr.is_positive)
+    if expr.is_number:
+        return bool(expr > 0)
+    name = type(expr).__name__
+    operands = expr.args[:1] if name in _POWERS else expr.args
+    return name in _KEEP_SIGN | _POWERS and all(map(_is_above_zero, operands))
+
+
+#: Sympy's and torch's names of what is above 0 if all its operands are, or if the first is.
+_KEEP_SIGN = frozenset(
+    {"Add", "Mul", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "OpaqueUnaryFn_sqrt", "OpaqueUnaryFn_exp"}
+)
+_POWERS = frozenset({"Pow", "FloatPow", "PowByNatural"})
+
+
 @dataclass(slots=True)
 class Concrete:
     """Numbers for sizes: `literals` replaces numbers of the graph by smaller ones, `symbols` values each symbol."""
@@ -76,3 +122,15 @@ class Concrete:
         for symbol in sorted(known.free_symbols, key=str):
             self.symbols.setdefault(symbol, 5 + 2 * len(self.symbols))
         return int(known.subs(self.symbols))
+
+    def number(self, value: torch.SymInt | torch.SymFloat) -> float:
+        """The number for a symbolic one: for a float from outside that which was seen while tracing."""
+        if not isinstance(value, torch.SymFloat):
+            return self.of(value)
+        seen, expr = seen_float(value), value.node.expr
+        if seen is not None:
+            return seen
+        environment = value.node.shape_env
+        known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+        is_float = {symbol: symbol_is_type(symbol, SymT.FLOAT) for symbol in expr.free_symbols}
+        return float(expr.subs({s: known[s] if held else self.of(s) for s, held in is_float.items()}))

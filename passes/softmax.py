@@ -4,7 +4,7 @@ How the softmax itself is spelled is a `Form` (softmax_form): one operator, with
 (softmax_sinks), or written out (softmax_exp).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -13,9 +13,11 @@ from torch.fx import Node
 
 from attnopt.passes.contraction import Contraction
 from attnopt.passes.layout import Axes, Dims, Space
-from attnopt.passes.logits import Logits, LogitsReader
+from attnopt.passes.logits import LogitsReader
+from attnopt.passes.logits_blended import blended
+from attnopt.passes.logits_found import Logits
 from attnopt.passes.scores import ScoreReader
-from attnopt.passes.scores_factors import on_operands
+from attnopt.passes.scores_factors import on_operands, on_values
 from attnopt.passes.site import (
     Filled,
     Operand,
@@ -31,7 +33,8 @@ from attnopt.passes.site import (
 )
 from attnopt.passes.sizes import product
 from attnopt.passes.softmax_form import Form
-from attnopt.passes.softmax_frame import Frame, read_logits, read_result, read_sink
+from attnopt.passes.softmax_frame import Frame, is_per_query, read_logits, read_result, read_sink
+from attnopt.passes.softmax_joined import Joined, Product, join, products
 from attnopt.passes.softmax_nodes import depends_on
 from attnopt.passes.softmax_ones import read_ones
 from attnopt.passes.softmax_output import read_output
@@ -40,7 +43,7 @@ from attnopt.passes.terms import Scores
 from attnopt.passes.weights import read_weights
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
-from attnopt.spec import AttentionSpec, Heads, Precision
+from attnopt.spec import AttentionSpec, EmptyRow, Heads, Precision
 
 aten = torch.ops.aten
 
@@ -63,7 +66,9 @@ def site_around(rule: str, form: Form, shadow: Shadow) -> Site:
     output = read_ones(form, shadow, weights) or read_output(form, shadow, weights)
     given = Scores(form.scale, casts=form.casts, fills=form.fills)
     scores = ScoreReader(space, shadow).read(form.logits, dims, given)
-    parts = pair(space, scores, *(output.value or (weights.value, weights.value_dims)), key)
+    found = products(space, shadow, scores)
+    parts = pair(space, scores, *(output.value or (weights.value, weights.value_dims)), dims, key)
+    parts = replace(parts, products=found)
     after = frozenset((*weights.path, *output.path))
     interior = frozenset((*scores.path, *form.inner, *after, *output.beside))
     frame = Frame(
@@ -76,27 +81,34 @@ def site_around(rule: str, form: Form, shadow: Shadow) -> Site:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """q, k, v as they enter the contractions, with the dtype in which they do, and what is known of the scores."""
+    """q, k, v as they enter the contractions, with the dtype in which they do, and what is known of the scores.
+
+    products: terms of the scores that are products of queries and keys as well.
+    """
 
     q: tuple[Node, Dims]
     k: tuple[Node, Dims]
     v: tuple[Node, Dims]
     scores: Scores
     entered: torch.dtype
+    products: tuple[Product, ...] = ()
 
 
-def pair(
-    space: Space, scores: Scores, value: Node, value_dims: Dims, key: Dims | tuple[object, ...]
-) -> Parts:
-    """Tells queries from keys: the operand that runs along the softmax is the key."""
+def pair(space: Space, scores: Scores, value: Node, value_dims: Dims, weights: Dims, key: Axes) -> Parts:
+    """Tells queries from keys: the operand that runs along the softmax is the key.
+
+    Of a single key, which runs along nothing, it is the one that has fewer of the axes of the weights.
+    """
     form = scores.form
     if form is None:
         raise Reject("no product of queries and keys above the softmax")
-    keys = set(space.leaves(key))  # type: ignore[arg-type]
+    keys = set(space.leaves(key))
     sides = [(form.lhs, scores.q), (form.rhs, scores.k)]
     along = [bool(keys & set(flat(space, dims))) for _, dims in sides]
     if along == [True, False]:
         sides.reverse()
+    elif not keys:
+        sides.sort(key=lambda side: -len({*flat(space, side[1])} & {*flat(space, weights)}))
     elif along != [False, True]:
         raise Reject(
             "the product above the softmax does not pair queries with keys", form.node, len(scores.path)
@@ -111,34 +123,65 @@ def build(space: Space, shadow: Shadow, parts: Parts, frame: Frame, *, safe: boo
         v_node, v_dims = parts.v
     roles = assign_roles(space, q_dims, k_dims, v_dims, frame.weights, frame.key, _sink_axes(space, frame))  # type: ignore[arg-type]
     _need_own_keys(space, roles, (k_node, k_dims), v_dims)
-    logits = read_logits(LogitsReader(space, roles, frame.given, safe), parts.scores, frame)
-    dtype = _dtype(parts, frame.root, (q_node, k_node, v_node))
+    parts = replace(parts, scores=blended(LogitsReader(space, roles), parts.scores))
+    scale = parts.scores.scale * q_factor * k_factor
+    joined = join(space, roles, parts.scores, parts.products, scale)
+    roles = replace(roles, more=(*joined.width, *(frame.sink.several if frame.sink else ())))
+    frame = replace(frame, interior=frame.interior | joined.path)
+    logits = read_logits(LogitsReader(space, roles, frame.given, safe), joined.scores, frame)
+    dtype = _dtype(parts, frame.root, (q_node, k_node, v_node), joined)
     times, key_times = on_operands(space, roles, parts.scores.factors)
-    q = Operand(q_node, space.resolve(q_dims), times=times, rsqrt=space.leaves(parts.scores.rsqrt))
-    k, v = (with_dtype(Operand(n, space.resolve(d)), dtype) for n, d in ((k_node, k_dims), (v_node, v_dims)))
-    k = replace(k, times=(*key_times, *logits.keys))
-    spec = _spec(parts.scores, parts.scores.scale * q_factor * k_factor, roles, logits, frame)
-    operands: dict[str, Operand | Filled] = {"q": with_dtype(q, dtype), "k": k, "v": v, **logits.operands}
+    q = Operand(
+        q_node, space.resolve(q_dims), times=times, rsqrt=space.leaves(parts.scores.rsqrt), beside=joined.q
+    )
+    k = Operand(k_node, space.resolve(k_dims), times=(*key_times, *logits.keys), beside=joined.k)
+    v_times = (*on_values(space, roles, frame.change.values), *logits.values)
+    v = Operand(v_node, space.resolve(v_dims), times=v_times)
+    spec = _spec(parts.scores, scale, roles, logits, frame)
+    q, k, v = (with_dtype(operand, dtype) for operand in (q, k, v))
+    operands: dict[str, Operand | Filled] = {"q": q, "k": k, "v": v, **logits.operands}
+    if logits.slopes is not None:
+        operands["slopes"] = logits.slopes
     if frame.sink is not None:
-        sink = read_sink(space, roles, frame.sink, parts.scores.shift)
-        operands["sink_logits"] = sink
-        spec = replace(spec, sink_logits=True, sink_per_query=len(sink.layout or ()) == 3)
+        operands["sink_logits"] = sink = read_sink(space, roles, frame.sink, parts.scores.shift)
+        spec = replace(spec, sink_logits=True, sink_per_query=is_per_query(sink))
     result = read_result(space, roles, frame)
     _check(shadow, operands, spec, frame, result)
-    needless = _needless(shadow, frame, operands, result)
+    needless = _single_key(roles, frame) or _needless(shadow, frame, operands, result)
     site = Site(
         frame.rule, frame.root, spec, operands, result, frame.interior,
         needless=needless, forward_only=logits.forward_only,
     )  # fmt: skip
-    masks = set(logits.mask.operand_names())
-    rest = {name: operand for name, operand in operands.items() if name not in masks}
     return replace(
-        site,
-        otherwise=tuple(
-            replace(site, spec=replace(spec, mask=mask), operands={**rest, **tensors})
-            for mask, tensors in logits.otherwise
-        ),
+        site, otherwise=(*_in_other_words(site, logits), *_with_tensors(shadow, site, logits, frame, result))
     )
+
+
+def _in_other_words(site: Site, logits: Logits) -> Iterator[Site]:
+    """The site with less proven of its mask."""
+    masks = set(logits.mask.operand_names())
+    rest = {name: operand for name, operand in site.operands.items() if name not in masks}
+    for mask, tensors in logits.otherwise:
+        yield replace(site, spec=replace(site.spec, mask=mask), operands={**rest, **tensors})
+
+
+def _with_tensors(shadow: Shadow, site: Site, logits: Logits, frame: Frame, result: Result) -> Iterator[Site]:
+    """The site with a tensor in the place of a bias that was proven to be linear, in all words for its mask."""
+    plain = logits.plain
+    if plain is None:
+        return
+    empty = EmptyRow.ZERO if plain.empty_row is EmptyRow.ZERO else site.spec.empty_row
+    spec = replace(site.spec, mask=plain.mask, bias=plain.bias, alibi=None, empty_row=empty)
+    lined = {*logits.operands, "slopes"}
+    held = {name: x for name, x in site.operands.items() if isinstance(x, Operand | Filled)}
+    kept = {name: x for name, x in held.items() if name not in lined}
+    other = replace(site, spec=spec, operands={**kept, **plain.operands})
+    try:
+        _check(shadow, {**kept, **plain.operands}, spec, frame, result)
+    except Reject:
+        return
+    yield other
+    yield from _in_other_words(other, plain)
 
 
 def _need_own_keys(space: Space, roles: Roles, keys: tuple[Node, Dims], values: Dims) -> None:
@@ -160,6 +203,15 @@ def _peeled(space: Space, parts: Parts) -> list[tuple[Node, Dims, float]]:
     return peeled
 
 
+def _single_key(roles: Roles, frame: Frame) -> str:
+    """Why nothing is to be saved where there is one key: the gradients of the scores are exactly 0, too."""
+    if roles.key or frame.sink is not None:
+        return ""
+    return (
+        "there is a single key, whose weight does not depend on its score: nothing is left for a kernel to do"
+    )
+
+
 def _needless(shadow: Shadow, frame: Frame, operands: Mapping[str, Operand | Filled], result: Result) -> str:
     """Why a call would save nothing: the weights, or the scores, have to be computed anyway."""
     for node, user in outside_uses(shadow, frame.interior, frame.root):
@@ -167,7 +219,7 @@ def _needless(shadow: Shadow, frame: Frame, operands: Mapping[str, Operand | Fil
             return f"the attention weights ({node.name}) are also {user}, so they must be computed anyway"
     named = [(name, o) for name, o in operands.items() if isinstance(o, Operand)]
     for name, operand in (*named, *(("a factor", o) for o in result.times)):
-        for part in (operand, *operand.times):
+        for part in operand.parts:
             if depends_on(shadow, part.node, frame.interior):
                 return f"{name} ({part.node.name}) is made of the scores, so they must be computed anyway"
     return ""
@@ -179,10 +231,11 @@ def _sink_axes(space: Space, frame: Frame) -> Axes:
     return () if term is None else flat(space, peel(space, term.node, term.dims)[1])
 
 
-def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node]) -> torch.dtype:
+def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node], joined: Joined) -> torch.dtype:
     q, k, v = bases
     out = root.meta["val"].dtype
-    working = working_dtype([(q, parts.entered), (k, parts.entered), (v, out)], out)
+    paired = [q, k, *(part.node for part in (*joined.q, *joined.k))]
+    working = working_dtype([*((node, parts.entered) for node in paired), (v, out)], out)
     if (
         parts.scores.factors or parts.scores.rsqrt
     ):  # multiplied onto q: as precisely as the graph multiplies the scores
@@ -201,7 +254,7 @@ def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, frame: Fra
     held = form.node.meta["val"].dtype if form is not None else None
     return AttentionSpec(
         "softmax", scale, Heads(share), logits.mask, logits.empty_row, logits.bias, scores.softcap,
-        dropout=frame.change.dropout,
+        dropout=frame.change.dropout, alibi=logits.alibi,
         precision=Precision(scores=held, out=root.meta["val"].dtype),
     )  # fmt: skip
 

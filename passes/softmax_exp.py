@@ -76,8 +76,6 @@ def _labels(node: Node) -> tuple[Space, Dims]:
 def _of_log_softmax(anchor: Node, node: Node, shadow: Shadow) -> Form:
     space, dims = _labels(anchor)
     key = dims[int(node.args[1])]  # type: ignore[arg-type]
-    if not key:
-        raise Reject("the softmax runs over a single element", node)
     logits = input_node(node)
     return Form(space, anchor, logits, dims, key, between(shadow, logits, anchor), _casts(anchor, node))
 
@@ -100,10 +98,12 @@ def _of_logsumexp(anchor: Node, power: Node, shadow: Shadow) -> Form | None:
 
 
 def _candidates(dims: Dims, row: Node) -> Iterator[Axes]:
-    """The dimensions along which a tensor may be broadcast."""
+    """The dimensions along which a tensor may be broadcast; in the end that of a single key, which has no axis."""
     aligned = broadcast_up(dims, shape_of(row))
     missing = (*(((),) * (len(dims) - len(aligned))), *aligned)
     yield from (axes for axes, held in zip(dims, missing, strict=True) if axes and not held)
+    if () in dims:
+        yield ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,6 @@ def _of_sum(anchor: Node, power: Node, shadow: Shadow) -> Form:
     numerator = _numerator(anchor, shadow)
     space, dims = _labels(anchor)
     key = dims[numerator.place]
-    if not key:
-        raise Reject("the sum of exponentials runs over a single element", numerator.node, -1)
     logits, exp = _unshifted(space, power, Exponential(numerator.node, dims, key))
     fills = tuple(_fill(space, dims, *mask) for mask in numerator.fills)
     casts = _casts(anchor, power)

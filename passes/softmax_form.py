@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from attnopt.passes.constants import constant
+from attnopt.passes.constants import present
 from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, input_node, is_copy, step_up
 from attnopt.passes.mask_writes import arguments, writes_after
 from attnopt.passes.sizes import Size, same, shape_of
@@ -22,10 +22,11 @@ LONGEST = 40
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """exp(logit) that joins each denominator: a tensor, or a number (no term)."""
+    """exp(logit) that joins each denominator: a tensor, or a number (no term); several: an axis that is summed over."""
 
     term: Term | None
     value: float = 0.0
+    several: Axes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ def fits(size: Size, other: Size, more: int) -> bool:
 
 def number(value: object) -> float | None:
     """A number, or a tensor of one element made of constants; also one that was filled with it everywhere."""
-    found = constant(value)
+    found = present(value)
     if found is not None or not isinstance(value, Node) or value.op != "call_function":
         return found
     node = value
@@ -214,7 +215,7 @@ def number(value: object) -> float | None:
         if node.target in _FILLED:
             return _FILLED[node.target]
         if node.target in (aten.full.default, aten.new_full.default, aten.full_like.default):
-            return constant(node.args[1] if node.target != aten.new_full.default else node.args[2])
+            return present(node.args[1] if node.target != aten.new_full.default else node.args[2])
         if node.op != "call_function" or not (node.target in _KEPT or is_copy(node) or is_float_cast(node)):
             return None
         node = input_node(node)

@@ -1,6 +1,6 @@
 """What surrounds Q K^T and V in a site: masks, what empty rows return, sinks, what the output is multiplied by."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
@@ -8,8 +8,11 @@ import torch
 from torch.fx import Node
 
 from attnopt.mask import FULL, Mask
+from attnopt.passes.alibi_site import read_with_line
 from attnopt.passes.layout import Dims, Space
-from attnopt.passes.logits import Logits, LogitsReader
+from attnopt.passes.logits import LogitsReader
+from attnopt.passes.logits_found import Logits
+from attnopt.passes.scores_factors import is_by_key
 from attnopt.passes.site import Filled, Operand, Result, Roles, peel
 from attnopt.passes.softmax_form import Sink
 from attnopt.passes.softmax_nodes import same_value
@@ -56,7 +59,7 @@ def read_logits(reader: LogitsReader, scores: Scores, frame: Frame) -> Logits:
     change = frame.change
     fills = [replace(f, value=-torch.inf) if _weighs_nothing(reader, frame, f) else f for f in scores.fills]
     safe = reader.safe or change.zeroed or frame.sink is not None
-    logits = replace(reader, safe=safe, sinks=frame.sink is not None).read(fills, scores.terms)
+    logits = read_with_line(replace(reader, safe=safe, sinks=frame.sink is not None), fills, scores.terms)
     for name, operand in logits.operands.items():
         if (
             not name.startswith(("bias", "query_ids", "key_ids"))
@@ -69,10 +72,20 @@ def read_logits(reader: LogitsReader, scores: Scores, frame: Frame) -> Logits:
         logits = replace(logits, empty_row=EmptyRow.ZERO)
     if frame.sharp and logits.empty_row in MEANS:
         logits = replace(logits, empty_row=EmptyRow.NAN)
-    for again, absolute in ((change.hidden, True), (change.multiplied, False)):
-        if again:
-            logits = _masked_again(reader, logits, again, absolute=absolute)
-    return logits
+    if change.hidden:
+        logits = _masked_again(reader, logits, change.hidden, absolute=True)
+    return _multiplied(reader, logits, change.multiplied) if change.multiplied else logits
+
+
+def _multiplied(reader: LogitsReader, logits: Logits, masks: Sequence[Fill]) -> Logits:
+    """The weights times 0 or 1: where the scores hid them before, or for some keys, whose values are, instead."""
+    try:
+        return _masked_again(reader, logits, masks, absolute=False)
+    except Reject:
+        if not all(is_by_key(reader.space, reader.roles, mask) for mask in masks):
+            raise
+    values = (Operand(mask.node, reader.space.resolve(mask.dims), dtype=torch.float32) for mask in masks)
+    return replace(logits, values=(*logits.values, *values))
 
 
 def _masked_again(reader: LogitsReader, logits: Logits, again: Iterable[Fill], *, absolute: bool) -> Logits:
@@ -113,12 +126,23 @@ def read_sink(space: Space, roles: Roles, sink: Sink, shift: float) -> Operand |
         return Filled(sink.value - shift, (roles.heads,))
     if shift != 0:
         raise Reject("a number is added to the scores but not to the sinks beside them", sink.term.node, 9)
-    node, dims, factor = peel(space, sink.term.node, sink.term.dims)
-    held = {a for axes in dims for a in axes}
+    if sink.several:
+        node, dims, factor = sink.term.node, space.resolve(sink.term.dims), 1.0
+    else:
+        node, dims, factor = peel(space, sink.term.node, sink.term.dims)
+    held = {a for axes in dims for a in axes} - {*sink.several}
     if held - {*roles.batch, *roles.heads, *roles.query}:
         raise Reject("the sinks vary along something other than batch, heads and queries", node, 9)
-    layout = None if held <= {*roles.heads} else (roles.batch, roles.heads, roles.query)
-    return Operand(node, dims, factor * sink.term.factor, layout=layout)
+    layout = (roles.heads,) if held <= {*roles.heads} else (roles.batch, roles.heads, roles.query)
+    if not sink.several:
+        return Operand(node, dims, factor * sink.term.factor, layout=layout)
+    return Operand(node, dims, layout=(*layout, sink.several), function="logsumexp")
+
+
+def is_per_query(sink: Operand | Filled) -> bool:
+    """Whether each query has its own sink, and not each head."""
+    summed = isinstance(sink, Operand) and sink.function == "logsumexp"
+    return len(sink.layout or ()) - summed == 3
 
 
 def read_result(space: Space, roles: Roles, frame: Frame) -> Result:

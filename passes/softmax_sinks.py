@@ -1,10 +1,12 @@
-"""The softmax as one operator, with or without a column that takes part in the sum and is dropped afterwards.
+"""The softmax as one operator, with or without columns that take part in the sum and are dropped afterwards.
 
-A learned sink is such a column: softmax(cat([scores, sink]))[..., :-1] (arXiv 2309.17453, section 3.3).
+A learned sink is such a column: softmax(cat([scores, sink]))[..., :-1] (arXiv 2309.17453, section 3.3). Several count
+as one, the logarithm of the sum of their exponentials.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import log
 from typing import Any, cast
 
 import torch
@@ -33,13 +35,18 @@ from attnopt.shadow import Shadow
 aten = torch.ops.aten
 
 
+#: More columns than this are no sinks that somebody learns.
+MOST_COLUMNS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Above:
-    """The logits under casts and the subtraction of their maximum; column: what is joined to them, first or last."""
+    """The logits under casts and the subtraction of their maximum; columns: what is joined to them, first or last."""
 
     logits: Node
     casts: tuple[Cast, ...]
-    column: Node | float | None = None
+    columns: Node | float | None = None
+    count: int = 1
     first: bool = False
 
 
@@ -48,24 +55,36 @@ def read_softmax(anchor: Node, shadow: Shadow) -> Form:
     space = Space()
     full = tuple(space.fresh(size) for size in shape_of(anchor))
     place = int(anchor.args[1]) % max(len(full), 1)  # type: ignore[arg-type]
-    if not full or not full[place]:
-        raise Reject("the softmax runs over a single element", anchor)
+    if not full:
+        raise Reject("a softmax of a single number", anchor)
     casts = (Cast(anchor.meta["val"].dtype, 1.0),)  # softmax(x, dim, dtype) casts x first
-    above = _above(space, Above(input_node(anchor), casts), full, full[place])
+    above = _above(space, Above(input_node(anchor), casts), full, place)
     safe = anchor.target is aten._safe_softmax.default
-    if above.column is None:
+    split = list(_split(above, place))
+    if not split:
         inner = between(shadow, above.logits, anchor)
         return Form(space, anchor, above.logits, full, full[place], inner, above.casts, safe=safe)
-    start, first = _dropped(shadow, anchor, place)
+    reasons: list[Reject] = []
+    for part in split:
+        try:
+            return _beside(space, shadow, anchor, place, part)
+        except Reject as reject:
+            reasons.append(reject)
+    raise max(reasons, key=lambda reject: reject.depth)
+
+
+def _beside(space: Space, shadow: Shadow, anchor: Node, place: int, above: Above) -> Form:
+    """The form of a softmax over logits and columns, of which the columns are dropped."""
+    start, first = _dropped(shadow, anchor, place, above.count)
     if first != above.first:
         raise Reject("another column is dropped from the softmax than was joined to the scores", start, 2)
     dims = tuple(space.fresh(size) for size in shape_of(start))
     inner = between(shadow, above.logits, start)
     form = Form(space, start, above.logits, dims, dims[place], inner, above.casts)
-    return replace(form, sink=_sink(above, dims, place))
+    return replace(form, sink=_sink(space, above, dims, place))
 
 
-def _above(space: Space, here: Above, dims: Dims, key: Axes) -> Above:
+def _above(space: Space, here: Above, dims: Dims, place: int) -> Above:
     """Upwards through casts and the subtraction of the row's maximum, to the logits, or to their concatenation."""
     for _ in range(LONGEST):
         node = here.logits
@@ -75,11 +94,11 @@ def _above(space: Space, here: Above, dims: Dims, key: Axes) -> Above:
             )
         elif is_called(node) and is_copy(node):
             here = replace(here, logits=input_node(node))
-        elif (unshifted := without_maximum(space, node, dims, key)) is not None:
+        elif (unshifted := without_maximum(space, node, dims, dims[place])) is not None:
             here = replace(here, logits=unshifted)
         else:
             break
-    return _split(here, dims.index(key))
+    return here
 
 
 def without_maximum(space: Space, node: Node, dims: Dims, key: Axes) -> Node | None:
@@ -96,25 +115,32 @@ def without_maximum(space: Space, node: Node, dims: Dims, key: Axes) -> Node | N
     return scores
 
 
-def _split(here: Above, place: int) -> Above:
-    """The logits and the column that is joined to them, if there is one."""
+def _split(here: Above, place: int) -> Iterator[Above]:
+    """The ways to part the logits and the columns that are joined to them; none where nothing is joined."""
     node = here.logits
     rank = len(shape_of(node))
     if node.op != "call_function":
-        return here
+        return
     if node.target in (aten.pad.default, aten.constant_pad_nd.default):
-        return _padded(here, place, rank)
-    if node.target != aten.cat.default:
-        return here
+        yield _padded(here, place, rank)
+    elif node.target == aten.cat.default:
+        yield from _concatenated(here, place, rank)
+
+
+def _concatenated(here: Above, place: int, rank: int) -> Iterator[Above]:
+    node = here.logits
     parts, dim = cast(Sequence[Node], node.args[0]), int(cast(int, node.args[1])) if len(node.args) > 1 else 0
     if dim % rank != place or len(parts) != 2:
         raise Reject("scores are concatenated from several parts", node, 1)
     left, right = parts
-    if is_one(shape_of(right)[place]):
-        return replace(here, logits=left, column=right)
-    if is_one(shape_of(left)[place]):
-        return replace(here, logits=right, column=left, first=True)
-    raise Reject("more than one column is joined to the scores", node, 1)
+    found = False
+    for logits, columns, first in ((left, right, False), (right, left, True)):
+        count = shape_of(columns)[place]
+        if isinstance(count, int) and count <= MOST_COLUMNS:
+            found = True
+            yield replace(here, logits=logits, columns=columns, count=count, first=first)
+    if not found:
+        raise Reject(f"more than {MOST_COLUMNS} columns are joined to the scores", node, 1)
 
 
 def _padded(here: Above, place: int, rank: int) -> Above:
@@ -123,18 +149,21 @@ def _padded(here: Above, place: int, rank: int) -> Above:
     mode = node.args[2] if node.target == aten.pad.default and len(node.args) > 2 else "constant"
     value = node.args[-1] if len(node.args) > (3 if node.target == aten.pad.default else 2) else 0.0
     value = 0.0 if value is None else value
-    if place != rank - 1 or sorted(pads[:2]) != [0, 1] or any(pads[2:]) or mode != "constant":
-        raise Reject("scores are padded otherwise than by one column", node, 1)
-    return replace(here, logits=input_node(node), column=float(value), first=pads[0] == 1)  # type: ignore[arg-type]
+    before, behind = pads[:2]
+    one_side = all(isinstance(n, int) for n in pads) and min(before, behind) == 0 < max(before, behind)
+    if place != rank - 1 or not one_side or any(pads[2:]) or mode != "constant":
+        raise Reject("scores are padded otherwise than by columns on one side", node, 1)
+    count = max(before, behind)
+    return replace(here, logits=input_node(node), columns=float(value), count=count, first=before > 0)  # type: ignore[arg-type]
 
 
-def _dropped(shadow: Shadow, anchor: Node, place: int) -> tuple[Node, bool]:
-    """The slice that drops the first or the last column of the weights, and whether it is the first."""
+def _dropped(shadow: Shadow, anchor: Node, place: int, count: int) -> tuple[Node, bool]:
+    """The slice that drops the first or the last columns of the weights, and whether it is the first."""
     node = anchor
     for _ in range(LONGEST):
         users = shadow.users(node)
         for user in users:
-            if (first := drops(user, node, place)) is not None:
+            if (first := drops(user, node, place, count)) is not None:
                 return user, first
         passed = [u for u in users if u.args and u.args[0] is node and _keeps(u)]
         if len(passed) != 1:
@@ -148,8 +177,8 @@ def _keeps(node: Node) -> bool:
     return is_float_cast(node) or is_copy(node) or dropout
 
 
-def drops(user: Node, node: Node, place: int) -> bool | None:
-    """Whether a slice or narrow drops the first column (True), the last (False), or is something else (None)."""
+def drops(user: Node, node: Node, place: int, count: int = 1) -> bool | None:
+    """Whether a slice or narrow drops the first columns (True), the last (False), or is something else (None)."""
     if user.target not in (aten.slice.Tensor, aten.narrow.default) or user.args[0] is not node:
         return None
     dim, start, *rest = cast(Sequence[Any], (*user.args[1:], *_SLICE_DEFAULTS[len(user.args) - 1 :]))
@@ -158,22 +187,21 @@ def drops(user: Node, node: Node, place: int) -> bool | None:
     step_is_one = user.target == aten.narrow.default or rest[1] == 1
     if int(dim) % len(before) != place or not whole or not step_is_one:
         return None
-    if not fits(before[place], after[place], 1) or start not in (0, 1, None):
+    if not fits(before[place], after[place], count) or start not in (0, count, None):
         return None
-    return bool(start == 1)
+    return bool(start == count)
 
 
 _SLICE_DEFAULTS = (0, None, None, 1)
 
 
-def _sink(above: Above, dims: Dims, place: int) -> Sink:
-    column = above.column
-    value = number(column)
+def _sink(space: Space, above: Above, dims: Dims, place: int) -> Sink:
+    value = number(above.columns)
     if value is not None:
-        return Sink(None, value)
-    shape = shape_of(cast(Node, column))
+        return Sink(None, value + log(above.count))
+    node, several = cast(Node, above.columns), space.fresh(above.count)
     labels = tuple(
-        () if n == place or is_one(size) else axes
-        for n, (size, axes) in enumerate(zip(shape, dims, strict=True))
+        several if n == place else () if is_one(size) else axes
+        for n, (size, axes) in enumerate(zip(shape_of(node), dims, strict=True))
     )
-    return Sink(Term(cast(Node, column), labels, casts=above.casts))
+    return Sink(Term(node, labels, casts=above.casts), several=several)

@@ -4,9 +4,10 @@ from math import log
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from attnopt.passes.constants import constant
+from attnopt.passes.constants import present
 from attnopt.passes.layout import Axes, Dims, Space, broadcast_up, input_node
 from attnopt.passes.sizes import shape_of
 from attnopt.passes.softmax_form import (
@@ -115,16 +116,18 @@ def _power(space: Space, power: Row, exp: Exponential) -> Sink:
 
 
 def _sink(sink: object, power: Row) -> Sink:
-    value = constant(sink)
+    value = present(sink)
     if value is not None:
         return Sink(None, value)
     held = cast(Node, sink)
+    if not isinstance(held.meta["val"], Tensor):
+        raise Reject("a sink that sizes make is not understood", power.node, 3)
     return Sink(Term(held, broadcast_up(power.dims, shape_of(held))))
 
 
 def _bounded(space: Space, row: Row, exp: Exponential) -> Sink | None:
     """A sum that is at least 1, since the largest logit is 0, is not changed by a bound below that."""
-    least = constant(row.node.args[1]) if len(row.node.args) > 1 else None
+    least = present(row.node.args[1]) if len(row.node.args) > 1 else None
     upper = row.node.args[2] if len(row.node.args) > 2 else row.node.kwargs.get("max")
     if not exp.owns_maximum or least is None or least > 1 or upper is not None:
         raise Reject("the sum of exponentials is clamped where that may change it", row.node, 3)

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
+from attnopt.passes.mask_writes import writes_after
 from attnopt.passes.splice_layout import is_laid_out_as, memory_order, shows_layout
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
@@ -47,15 +48,24 @@ def _call_as_laid_out(
     shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The call; what it makes laid out as the graph has it, where that shows."""
+    fleeting = [_is_written_later(node, site) for node in emit.leaves(site)]
 
     def called(*values: Any) -> tuple[Tensor, ...]:
-        made = emit.call_all(site, spec, run, values)
+        kept = [value.clone() if late else value for value, late in zip(values, fleeting, strict=True)]
+        made = emit.call_all(site, spec, run, kept)
         return tuple(_laid_out(shadow, end, value) for end, value in zip(emit.ends(site), made, strict=True))
 
     return called
 
 
+def _is_written_later(node: Node, site: Site) -> bool:
+    """Whether a backward pass, which may need an operand that the graph's own does not, would find it changed."""
+    return torch.is_grad_enabled() and any(site.root < write for write in writes_after(node, None))
+
+
 def _laid_out(shadow: Shadow, end: Node, value: Tensor) -> Tensor:
+    if writes_after(end, None):
+        value = value.clone()  # a kernel's backward pass may need what it returned as it was
     if not shows_layout(shadow, end):
         return value
     order = memory_order(end.meta["val"])
@@ -154,11 +164,20 @@ class _Editor:
         return self.known[node]
 
     def _copy(self, node: Node) -> Node:
+        if _hands_on(node):
+            return self.copy(node.args[0])  # type: ignore[arg-type]
         if node.op != "call_function" or mutates(node):
             raise Reject(f"the value of {node.name} is not at hand where the call goes", node)
         made = self.graph.node_copy(node, self.copy)
         _set_value(made, node.meta.get("val"))
         return made
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether a write in place makes the very memory that it writes to, and nothing writes there later."""
+    written = node.args[0] if node.op == "call_function" and mutates(node) and node.args else None
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return isinstance(written, Node) and name.endswith("_") and not writes_after(node, None)
 
 
 def _expand(shadow: Shadow, graph: Graph, values: dict[Node, Node], place: Node) -> None:
@@ -251,4 +270,5 @@ _EFFECTS = frozenset(
         for op in ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "xor", "pow", "matmul", "mod")
     }
     | {"setitem", "_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
+    | {"_vmap_increment_nesting", "_vmap_decrement_nesting"}
 )

@@ -4,17 +4,26 @@ Casts and views do nothing; dropout, numbers, and tensors that do not vary along
 mask is kept for comparing it with that of the scores.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.constants import constant
 from attnopt.passes.contraction import Contraction, contraction, label_down, other_operand
-from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, dropout_rate, input_node, step_down
+from attnopt.passes.layout import (
+    CASTS,
+    Axes,
+    Axis,
+    Dims,
+    Space,
+    broadcast_up,
+    dropout_rate,
+    input_node,
+    step_down,
+)
 from attnopt.passes.sizes import same, shape_of
 from attnopt.passes.softmax_form import number, truth_of
 from attnopt.passes.softmax_nodes import between, depends_on
@@ -32,13 +41,15 @@ LONGEST = 40
 class Change:
     """What becomes of the weights before they meet the values.
 
-    factor, times: what they are multiplied by, none of which varies along the keys. kept: conditions by rows, outside
-    of which they are 0. hidden: masks outside of which they are 0, even where they were NaN. multiplied: masks of 0
-    and 1 that they are multiplied by. zeroed: NaN becomes 0. dropout: the probability of each weight to become 0.
+    factor, times: what they are multiplied by, none of which varies along the keys; values: tensors that do. kept:
+    conditions by rows, outside of which they are 0. hidden: masks outside of which they are 0, even where they were
+    NaN. multiplied: masks of 0 and 1 that they are multiplied by. zeroed: NaN becomes 0. dropout: the probability of
+    each weight to become 0.
     """
 
     factor: float = 1.0
     times: tuple[Term, ...] = ()
+    values: tuple[Term, ...] = ()
     kept: tuple[Fill, ...] = ()
     hidden: tuple[Fill, ...] = ()
     multiplied: tuple[Fill, ...] = ()
@@ -126,14 +137,10 @@ class WeightsReader:
             raise Reject("the softmax is multiplied by itself", form.node)
         if here.node not in (form.lhs, form.rhs) or form.added is not None:
             raise Reject("the product with the values also adds something", form.node)
-        letters = form.lhs_letters if form.lhs is here.node else form.rhs_letters
-        summed = {
-            a
-            for letter, axes in zip(letters, here.dims, strict=True)
-            if letter in form.contracted
-            for a in self.space.leaves(axes)
-        }
-        if summed != set(self.space.leaves(self.key)):
+        letters, others = form.lhs_letters, form.rhs_letters
+        if form.lhs is not here.node:
+            letters, others = others, letters
+        if self._summed(form, letters, here.dims) != set(self.space.leaves(self.key)):
             raise Reject(
                 "the product after the softmax does not sum over what the softmax normalised", form.node
             )
@@ -141,8 +148,15 @@ class WeightsReader:
         if depends_on(self.shadow, value, {here.path[0]}):
             raise Reject("the weights are multiplied by something that is made of them", form.node)
         value_dims, out_dims = label_down(self.space, form, here.node, here.dims)
+        if not self._summed(form, others, value_dims) <= set(self.space.leaves(self.key)):
+            raise Reject("the values are summed along something that the weights do not have", form.node)
         change = replace(here.change, factor=here.change.factor * form.factor)
         return Weights(form, value, value_dims, out_dims, here.path, change)
+
+    def _summed(self, form: Contraction, letters: Sequence[str], dims: Dims) -> set[Axis]:
+        """The axes of one operand that a contraction sums over."""
+        pairs = zip(letters, dims, strict=True)
+        return {a for letter, axes in pairs if letter in form.contracted for a in self.space.leaves(axes)}
 
     def times(self, user: Node, other: Any, here: Here, *, inverse: bool = False) -> Change:
         """The weights times (over) a number or a tensor."""
@@ -154,13 +168,11 @@ class WeightsReader:
         dims = self.beside(user, other, here)
         if dims is not None:
             return replace(here.change, times=(*here.change.times, Term(other, dims, inverse=inverse)))
-        if inverse:
-            raise Reject("the weights are divided by a tensor that varies along the keys", user)
-        truth = truth_of(self.space, other, broadcast_up(here.dims, shape_of(other)))
+        dims = broadcast_up(here.dims, shape_of(other))
+        truth = None if inverse else truth_of(self.space, other, dims)
         if truth is None:
-            raise Reject(
-                "the weights are multiplied by a tensor along the keys that is not made of a mask", user
-            )
+            by_key = Term(other, dims, inverse=inverse, at=user)
+            return replace(here.change, values=(*here.change.values, by_key))
         fill = Fill(*truth, -torch.inf, hides=False)
         return replace(here.change, multiplied=(*here.change.multiplied, fill))
 
@@ -181,8 +193,8 @@ class WeightsReader:
 
     def beside(self, user: Node, other: Any, here: Here) -> Dims | None:
         """The labels of a tensor that is broadcast onto the weights; None if it varies along the keys."""
-        if not isinstance(other, Node) or not isinstance(other.meta.get("val"), Tensor):
-            raise Reject("the weights are multiplied by a number that depends on sizes", user)
+        if not isinstance(other, Node) or other.meta.get("val") is None:
+            raise Reject("the weights are multiplied by something that is no tensor", user)
         if depends_on(self.shadow, other, {here.path[0]}):
             raise Reject("the weights are multiplied by something that is made of them", user)
         dims = broadcast_up(here.dims, shape_of(other))

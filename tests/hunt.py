@@ -1,23 +1,52 @@
 """Runs many mutants in several processes and counts: `python tests/hunt.py --programs 60000`; fails if one is wrong.
 
-A result file (JSON) holds the counts; every wrong mutant is printed with the seed that makes it again.
+A file (JSON) keeps the counts of each run, with its commit; every wrong mutant is printed with the seed that makes it
+again.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+HERE = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-#: Seeds that one process takes at a time.
-SHARE = 50
+#: Seeds that one process takes at a time; shares after which it makes room for a new one; seconds for one seed.
+SHARE, SHARES, PATIENCE = 50, 200, 120
+#: Seconds between two writings of the file.
+PAUSE = 60
+
+
+@dataclass
+class Counts:
+    """totals: by what happened. operators: "operator verdict" -> mutants. drawn: "operator outcome" -> draws."""
+
+    totals: Counter[str] = field(default_factory=Counter)
+    operators: Counter[str] = field(default_factory=Counter)
+    drawn: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    unsettled: list[str] = field(default_factory=list)
+
+    def __iadd__(self, other: "Counts") -> Self:
+        self.totals += other.totals
+        self.operators += other.operators
+        self.drawn += other.drawn
+        self.wrong += other.wrong
+        self.unsettled += other.unsettled
+        return self
 
 
 def say(text: str) -> None:
@@ -26,86 +55,131 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def hunt(task: tuple[int, tuple[str, ...]]) -> tuple[Counter[str], list[str]]:
-    """The trials of one share of the seeds: counts, and a line for each wrong one."""
+def hunt(start: int, names: tuple[str, ...]) -> Counts:
+    """The trials of one share of the seeds."""
     import torch
-    from mutant_trials import trial
 
     torch.set_num_threads(1)
-    start, names = task
-    counts: Counter[str] = Counter()
-    wrong = []
+    signal.signal(signal.SIGALRM, _too_long)
+    counts = Counts()
     for seed in range(start, start + SHARE):
-        found = trial(seed, names)
-        counts += Counter({f"drawn: {key}": n for key, n in found.drawn.items()})
-        if found.differs is None:
-            counts["no program"] += 1
-            continue
-        counts["programs"] += 1
-        counts["programs that differ"] += found.differs
-        verdicts = sorted(set(found.verdicts)) or ["nothing found"]
-        counts += Counter({f"with: {verdict}": 1 for verdict in verdicts})
-        sizes = "free" if found.setting.free else "fixed"
-        counts[f"mode: {sizes} sizes, {'training' if found.setting.training else 'inference'}"] += 1
-        if found.wrong:
-            counts["wrong"] += 1
-            wrong.append(
-                f"seed {seed}: {found.name} {found.operators} {found.setting} {found.verdicts}: {found.wrong}"
-            )
-    return counts, wrong
+        signal.alarm(PATIENCE)
+        try:
+            _count(counts, seed, names)
+        except TimeoutError:
+            counts.totals["wrong"] += 1
+            counts.wrong.append(f"seed {seed}: not done after {PATIENCE} s")
+        finally:
+            signal.alarm(0)
+    return counts
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError
+
+
+def _count(counts: Counts, seed: int, names: tuple[str, ...]) -> None:
+    from mutant_trials import trial
+
+    found = trial(seed, names)
+    counts.drawn += found.drawn
+    if found.differs is None:
+        counts.totals["no program"] += 1
+        return
+    line = f"seed {seed}: {found.name} {found.operators} {found.setting} {found.verdicts}: "
+    verdict = _verdict(found)
+    counts.operators += Counter({f"{name} {verdict}": 1 for name in set(found.operators)})
+    counts.totals[verdict] += 1
+    if verdict == "wrong":
+        counts.wrong.append(line + found.wrong)
+    if verdict == "unsettled":
+        counts.unsettled.append(line + found.unsettled)
+        return  # it shows nothing, and counts as nothing
+    counts.totals["programs"] += 1
+    counts.totals["programs that differ"] += found.differs
+    sizes = "free" if found.setting.free else "fixed"
+    counts.totals[f"{sizes} sizes, {'training' if found.setting.training else 'inference'}"] += 1
+
+
+def _verdict(found: Any) -> str:
+    if found.wrong or found.unsettled:
+        return "wrong" if found.wrong else "unsettled"
+    said = {verdict.split()[-1] for verdict in found.verdicts}
+    known = ("rewritten", "kept", "refused", "rejected", "quarantined")
+    return next((each for each in known if each in said), "nothing found")
 
 
 def main() -> int:
     """Hunts until so many programs have run. The exit status is 1 if one was wrong."""
     options = _parse()
-    counts: Counter[str] = Counter()
-    start, lines = time.perf_counter(), []
-    tasks = ((options.seed + n * SHARE, tuple(options.only)) for n in range(10**9))
-    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=100) as pool:
-        for found, wrong in pool.imap_unordered(hunt, _limited(tasks, options, counts)):
-            counts += found
-            lines += wrong
-            for line in wrong:
-                say(line)
-            if counts["programs"] // 5000 > (counts["programs"] - found["programs"]) // 5000:
-                say(f"{counts['programs']} programs, {counts['wrong']} wrong")
-            if counts["programs"] >= options.programs:
-                break
-        pool.terminate()
-    seconds = time.perf_counter() - start
-    _finish(counts, lines, seconds, options)
-    return int(counts["wrong"] > 0)
-
-
-def _limited(tasks: Any, options: argparse.Namespace, counts: Counter[str]) -> Any:
-    """Tasks while programs are wanted; the pool asks for them ahead of time."""
-    for ahead, task in enumerate(tasks):
-        while ahead * SHARE > counts["programs"] + counts["no program"] + 4 * options.workers * SHARE:
-            time.sleep(0.05)
-        if counts["programs"] >= options.programs:
-            return
-        yield task
-
-
-def _finish(counts: Counter[str], lines: list[str], seconds: float, options: argparse.Namespace) -> None:
-    shown = {
-        "programs": counts["programs"], "differ from the original": counts["programs that differ"],
-        "wrong": counts["wrong"], "programs a second": round(counts["programs"] / seconds, 1),
-        "seconds": round(seconds), "seed": options.seed,
-    }  # fmt: skip
-    say("\n".join(f"{name:28} {n}" for name, n in shown.items()))
-    for key in sorted(counts):
-        if key.startswith(("with", "mode")):
-            say(f"{key:44} {counts[key]}")
-    for name in sorted({key.split()[1] for key in counts if key.startswith("drawn")}):
-        kinds = {kind: counts[f"drawn: {name} {kind}"] for kind in ("differs", "same", "broken", "no place")}
-        placed = sum(kinds.values()) - kinds["no place"]
-        say(f"{name:28} {kinds['differs'] / max(placed, 1):4.0%} of {placed} differ {kinds}")
+    counts, start, written = Counts(), time.perf_counter(), time.perf_counter()
+    for found in _shares(options):
+        before = counts.totals["programs"] // 5000
+        counts += found
+        for line in found.wrong:
+            say(f"WRONG {line}")
+        if counts.totals["programs"] // 5000 > before:
+            say(f"{counts.totals['programs']} programs, {counts.totals['wrong']} wrong")
+        if options.out and time.perf_counter() - written > PAUSE:
+            _write(Path(options.out), _told(counts, time.perf_counter() - start, options))
+            written = time.perf_counter()
+        if counts.totals["programs"] >= options.programs:
+            break
+    told = _told(counts, time.perf_counter() - start, options)
     if options.out:
-        Path(options.out).write_text(
-            json.dumps({**shown, "counts": dict(sorted(counts.items())), "wrong mutants": lines}, indent=1)
-            + "\n"
-        )
+        _write(Path(options.out), told)
+    say(json.dumps({name: value for name, value in told.items() if name != "unsettled mutants"}, indent=1))
+    return int(counts.totals["wrong"] > 0)
+
+
+def _shares(options: argparse.Namespace) -> Iterator[Counts]:
+    """The counts of one share after another, as they come, from as many processes as were asked for."""
+    starts = count(options.seed, SHARE)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=spawn, max_tasks_per_child=SHARES) as pool:
+        running: set[Future[Counts]] = set()
+        try:
+            while True:
+                while len(running) <= options.workers:
+                    running.add(pool.submit(hunt, next(starts), tuple(options.only)))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (each.result() for each in done)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _told(counts: Counts, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
+    totals = counts.totals
+    return {
+        "commit": options.commit, "programs": totals["programs"], "wrong": totals["wrong"], "seed": options.seed,
+        "differ from the original": totals["programs that differ"], "seconds": round(seconds),
+        "programs a second": round(totals["programs"] / seconds, 1),
+        "totals": dict(sorted(totals.items())),
+        "operators": _by_operator(counts.operators), "draws": _by_operator(counts.drawn),
+        "wrong mutants": counts.wrong, "unsettled mutants": counts.unsettled,
+    }  # fmt: skip
+
+
+def _by_operator(counted: Counter[str]) -> dict[str, dict[str, int]]:
+    table: dict[str, dict[str, int]] = {}
+    for key, number in sorted(counted.items()):
+        name, _, kind = key.partition(" ")
+        table.setdefault(name, {})[kind] = number
+    return table
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
+    """Adds the run to those in the file; the same run, seen by commit and first seed, is replaced."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    others = [run for run in runs if (run["commit"], run["seed"]) != (told["commit"], told["seed"])]
+    path.write_text(json.dumps({"runs": [*others, told]}, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The commit that is checked out, with a plus sign if files were changed since."""
+    asked = ["git", "-C", str(HERE.parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
 
 
 def _parse() -> argparse.Namespace:
@@ -115,7 +189,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--only", nargs="*", default=[], help="names of programs; none: all")
     parser.add_argument("--out", default="", help="a file for the counts")
-    return parser.parse_args()
+    return parser.parse_args(namespace=argparse.Namespace(commit=_commit()))
 
 
 if __name__ == "__main__":

@@ -109,10 +109,10 @@ def an_input_gate_in_the_exponent(q, k, v, steps):  # Beck et al. 2024, arXiv:24
     return (scores(q, k) * hidden(differences(run) + steps[..., None, :], q)) @ v
 
 
-@near_miss("is also returned")
-def gated_weights_returned(q, k, v, steps):
+@near_miss("is also used by")
+def gated_weights_used_elsewhere(q, k, v, steps):
     weights = scores(q, k) * hidden(differences(steps.cumsum(-1)), q)
-    return weights @ v, weights
+    return weights @ v, weights.amax(-1)
 
 
 @near_miss("is not the sum of the weights")

@@ -716,3 +716,10 @@ def zero_times_infinity(s):
 @additive("none")
 def positive_fill(s):
     return s.full(1e9).triu(1)
+
+
+@visible("causal")
+def through_merged_heads(s):
+    """One mask for batch times heads, taken apart again."""
+    causal = (s.j <= s.i).expand(2, 3, s.sq, s.sk)
+    return causal.reshape(6, s.sq, s.sk).view(2, 3, s.sq, s.sk)

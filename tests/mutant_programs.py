@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,11 +13,12 @@ from compiling import widened
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 #: Modules of programs: whatever in tests/ is called so.
-SOURCES = ("spelling", "near_miss")
+SOURCES = ("spelling", "near_miss", "adversaries")
 #: Reads memory that nobody has written.
 LEFT_OUT = {"baddbmm_of_nothing"}
 
@@ -82,22 +83,52 @@ def resized(name: str) -> tuple[Any, ...]:
 
 
 @cache
+def _held(name: str, free: bool) -> list[GraphModule]:
+    """The place of a graph that has been traced; empty before."""
+    del name, free
+    return []
+
+
 def graph_of(name: str, *, free: bool) -> GraphModule:
-    """The program as ATen before autograd. free: sizes that no model fixes are symbols."""
-    program, inputs = programs()[name], inputs_of(name)
+    """The program as ATen before autograd, traced once. free: sizes that no model fixes are symbols."""
+    held = _held(name, free)
+    if not held:
+        held.append(_traced(name, free=free))
+    return held[0]
+
+
+def forget(name: str, *, free: bool) -> None:
+    """The graph will be traced anew: its symbols are shared by all its mutants, one of which has assumed something."""
+    _held(name, free).clear()
+
+
+def _traced(name: str, *, free: bool) -> GraphModule:
+    program = programs()[name]
+    return traced(program.attend, inputs_of(name), program.fixed if free else None)
+
+
+def traced(
+    attend: Callable[..., Any], inputs: Sequence[Any], fixed: Container[int] | None = None
+) -> GraphModule:
+    """A function as ATen before autograd, returning a tuple. fixed: sizes that are no symbols; None: all."""
 
     def returning_a_tuple(*args: Any) -> tuple[Any, ...]:
-        out = program.attend(*args)
+        out = attend(*args)
         return out if isinstance(out, tuple) else (out,)
 
-    if not free:
-        return make_fx(returning_a_tuple, pre_dispatch=True, tracing_mode="fake")(*inputs)
+    with _use_lazy_graph_module(True):
+        return _as_aten(returning_a_tuple, inputs, fixed)
+
+
+def _as_aten(attend: Callable[..., Any], inputs: Sequence[Any], fixed: Container[int] | None) -> GraphModule:
+    if fixed is None:
+        return make_fx(attend, pre_dispatch=True, tracing_mode="fake")(*inputs)
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
-        fakes = [_fake(mode, x, n, program.fixed) for n, x in enumerate(inputs)]
-        return make_fx(returning_a_tuple, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        fakes = [_fake(mode, x, n, fixed) for n, x in enumerate(inputs)]
+        return make_fx(attend, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
 
 
-def _fake(mode: FakeTensorMode, x: Any, number: int, fixed: frozenset[int]) -> Any:
+def _fake(mode: FakeTensorMode, x: Any, number: int, fixed: Container[int]) -> Any:
     if not isinstance(x, Tensor):
         return x
     kinds = [DimDynamic.STATIC if s in fixed or s < 2 else DimDynamic.DUCK for s in x.shape]

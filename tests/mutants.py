@@ -134,11 +134,34 @@ def offset(graph: Graph, choose: Choose) -> None:
         if type(a) is int and not is_dimension(name) and name not in spans
     ]
     node, place, number = pick(_rather(places, _POSITIONS, choose), choose)
-    put(node, place, number + pick([1, -1], choose))
+    step = pick([1, -1], choose)
+    if node.target == aten.arange.default:
+        node.target, node.args = aten.arange.start, (step, number + step)
+        return
+    if node.target == aten.slice.Tensor and all(type(a) is int and a < _LONG for a in node.args[2:4]):
+        put(node, 5 - place, node.args[5 - place] + step)  # type: ignore[operator]
+    put(node, place, number + step)
 
 
+#: The end of a slice that goes as far as there is something.
+_LONG = 2**60
 #: Operations in which a whole number, or a dimension, may change without changing the shape of the result.
-_POSITIONS = ("tril", "triu", "lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "rsub", "pow", "mul")
+_POSITIONS = (
+    "arange",
+    "tril",
+    "triu",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "add",
+    "sub",
+    "rsub",
+    "pow",
+    "mul",
+)
 _ALONG = ("softmax", "log_softmax", "cumsum", "logcumsumexp", "flip", "roll", "cumprod")
 
 
@@ -283,7 +306,7 @@ def other_operand(graph: Graph, choose: Choose) -> None:
 @operator
 def left_out(graph: Graph, choose: Choose) -> None:
     """An operation is left out: its first tensor takes its place."""
-    sources = ((n, n.args[0]) for n in calls(graph) if n.args)
+    sources = ((n, n.args[0]) for n in calls(graph) if n.args and n.target != aten.lift_fresh_copy.default)
     places = [
         (n, s)
         for n, s in sources

@@ -217,7 +217,7 @@ def mask_after_the_softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Ten
 
 @near_miss(padded(mha), "masked after the softmax by something else")
 def mask_onto_the_weights(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return (scores_of(q, k).softmax(-1) * keep[:, None, None]) @ v
+    return (scores_of(q, k).softmax(-1) * (keep[:, None, None] & keep[:, None, :, None])) @ v
 
 
 @near_miss(padded(mha), None)

@@ -84,9 +84,16 @@ def raised_to_other_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.maximum(scores_of(q, k), scores_of(k, q)).softmax(-1) @ v
 
 
-@near_miss(mha, "nan_to_num")
-def scores_made_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scores_of(q, k).masked_fill(hidden(q, k), NEG_INF).nan_to_num().softmax(-1) @ v
+@near_miss(mha, "raised to at least -10000, which visible keys may notice")
+def hidden_scores_made_numbers_that_weigh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores_of(q, k).masked_fill(hidden(q, k), NEG_INF).nan_to_num(neginf=-1e4).softmax(-1) @ v
+
+
+@near_miss(
+    with_last(cross, lambda: torch.where(torch.rand(B, 1, 5, 9) > 0.8, 0.0, NEG_INF)), "raised to at least"
+)
+def unknown_mask_made_numbers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (scores_of(q, k) + mask).nan_to_num().softmax(-1) @ v
 
 
 @near_miss(

@@ -37,6 +37,7 @@ class Spelling:
     empty_row: str = "never"
     biases: int = 0
     softcap: float | None = None
+    alibi: str = ""
     empty_row_symbolic: str | None = None
     verdict: str = "rewritten"
     differentiable: int = 3
@@ -59,6 +60,7 @@ class Spelling:
             f"empty={empty_row}" if empty_row != "never" else "",
             biases,
             f"softcap={self.softcap:g}" if self.softcap else "",
+            self.alibi,
         )
         return " ".join(filter(None, parts))
 
@@ -546,7 +548,7 @@ def bias_list_in_place(q: Tensor, k: Tensor, v: Tensor, pair: Tensor) -> Tensor:
     return torch.softmax(scores, -1) @ v
 
 
-@spelling(mha, scale=0.25, biases=1, mask="causal")
+@spelling(mha, scale=0.25, mask="causal", alibi="alibi")
 def alibi_with_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     j = torch.arange(k.shape[2], dtype=q.dtype)
     scores = q @ k.mT * 0.25 + (slopes(H)[:, None, None] * (j - k.shape[2] + 1)[None, None, :])

@@ -45,17 +45,21 @@ class Call:
     mask: Tensor | None = None
     key_padding: Tensor | None = None
     sink_logits: Tensor | None = None
+    slopes: Tensor | None = None
     scale: float = 0.3
     structure: Structure = Structure()
     softcap: float | None = None
     empty_row: str = "nan"
+    diagonal: int = 0
+    symmetric: bool = False
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """In the order of the op's schema."""
         s = self.structure
         tensors = (self.q, self.k, self.v, self.bias, self.mask, self.key_padding, self.sink_logits)
-        return (*tensors, self.scale, s.offset, s.window, s.sinks, s.prefix, self.softcap, self.empty_row)
+        numbers = (self.scale, s.offset, s.window, s.sinks, s.prefix, self.softcap, self.empty_row)
+        return (*tensors, *numbers, self.slopes, self.diagonal, self.symmetric)
 
     @property
     def problem(self) -> Problem:
@@ -64,11 +68,12 @@ class Call:
         where = reach(
             offset=s.offset, window=s.window, sinks=s.sinks, prefix=s.prefix, rows=rows, columns=columns
         )
-        return Problem(*self.arguments[:7], self.scale, where, self.softcap, self.empty_row)
+        line = (self.slopes, self.diagonal, self.symmetric)
+        return Problem(*self.arguments[:7], self.scale, where, self.softcap, self.empty_row, *line)
 
     def to(self, to: torch.dtype | str) -> "Call":
         """With the float tensors in a dtype, or all tensors on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)[:7]}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)[:8]}
         moved = {
             name: x.detach().to(to)
             for name, x in tensors.items()
@@ -97,7 +102,15 @@ class Call:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.bias is not None:
             scores = scores + self.bias.to(scores.dtype)
+        if self.slopes is not None:
+            scores = scores + (self.slopes[..., None, None] * self.distance()).to(scores.dtype)
         return scores.masked_fill(~self.visible(), -torch.inf)
+
+    def distance(self) -> Tensor:
+        """What the slopes multiply, (Sq, Sk): whole numbers."""
+        i, j = torch.arange(self.q.shape[2])[:, None], torch.arange(self.k.shape[2])[None]
+        away = j - i - self.diagonal
+        return -away.abs() if self.symmetric else away
 
     def visible(self) -> Tensor:
         """bool, broadcastable to (B, H, Sq, Sk)."""
@@ -158,7 +171,7 @@ def call(
     seed: int = 0,
     **rest: Any,
 ) -> Call:
-    """A random call. `extras` names what else is there: bias, -inf, lowest, mask, padding, sinks, softcap."""
+    """A random call. `extras` names what else is there: bias, -inf, lowest, mask, padding, sinks, softcap, alibi."""
     torch.manual_seed(seed)
     q = values(kind, batch, kv_heads * group, sq, d)
     k = values(kind, batch, kv_heads, sk, d)
@@ -185,6 +198,9 @@ def _extras(extras: frozenset[str], q: Tensor, k: Tensor, seed: int) -> dict[str
         found["sink_logits"] = torch.randn(heads)
     if "softcap" in extras:
         found["softcap"] = 2.0
+    if "alibi" in extras:
+        found |= {"slopes": torch.randn(1 + seed % 2 * (batch - 1), heads) * 0.3, "diagonal": seed % 7 - 3}
+        found["symmetric"] = seed % 3 == 1
     return found
 
 
@@ -198,7 +214,9 @@ def structures(draw: st.DrawFn, *, reach: int = 20) -> Structure:
 @st.composite
 def calls(draw: st.DrawFn, *, longest: int = 40, widest: int = 20) -> Call:
     """Calls of every shape, structure, layout and extra."""
-    extras = draw(st.sets(st.sampled_from(["bias", "-inf", "lowest", "mask", "padding", "sinks", "softcap"])))
+    extras = draw(
+        st.sets(st.sampled_from(["bias", "-inf", "lowest", "mask", "padding", "sinks", "softcap", "alibi"]))
+    )
     return call(
         batch=draw(st.integers(0, 2)),
         kv_heads=draw(st.integers(1, 2)),
@@ -218,7 +236,9 @@ def calls(draw: st.DrawFn, *, longest: int = 40, widest: int = 20) -> Call:
 
 def differentiable(c: Call) -> tuple[Call, list[Tensor]]:
     """The call with fresh leaves, and the leaves: q, k, v and whatever else has a gradient."""
-    names = [name for name in ("q", "k", "v", "bias", "sink_logits") if getattr(c, name) is not None]
+    names = [
+        name for name in ("q", "k", "v", "bias", "sink_logits", "slopes") if getattr(c, name) is not None
+    ]
     leaves = {name: getattr(c, name).detach().clone().requires_grad_() for name in names}
     return replace(c, **leaves), list(leaves.values())
 
@@ -273,4 +293,6 @@ def _terms(c: Call, do: Tensor) -> list[Tensor]:
         found.append(ds.sum_to_size(c.bias.shape))
     if c.sink_logits is not None:
         found.append(((1 - p.sum(-1, keepdim=True)) * delta).sum((0, 2, 3)))
+    if c.slopes is not None:
+        found.append((ds * c.distance().abs()).sum((-2, -1)).sum_to_size(c.slopes.shape))
     return found

@@ -18,8 +18,8 @@ class ReferenceKernel:
     exact = True
     reads = frozenset(
         {
-            "scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits", "sink_per_query", "decay",
-            "normaliser", "initial_state", "final_state",
+            "scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits", "sink_per_query",
+            "decay", "normaliser", "initial_state", "final_state",
         }
     )  # fmt: skip
 
@@ -58,6 +58,8 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     for name in spec.bias:
         scores = scores + operands[name].to(scores.dtype)
+    if spec.alibi is not None:
+        scores = scores + spec.alibi.dense(operands["slopes"].to(scores.dtype), *scores.shape[-2:])
     visible = _visible(spec, scores, operands)
     logits = scores.masked_fill(~visible, float("-inf"))
     if spec.sink_logits:

@@ -1,6 +1,7 @@
 """torch's own scaled_dot_product_attention, stated exactly: the best there is for dense and causal masks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Literal
 
 import torch
@@ -13,6 +14,9 @@ from attnopt.spec import MEANS, AttentionSpec, EmptyRow
 
 #: Bytes moved for each pair of positions when a mask is built: two comparisons and their conjunction.
 _BUILT = 8.0
+
+#: Bytes moved for each head and pair when a bias is built from slopes: written, hidden keys filled in, and cast.
+_LINE = 12.0
 
 #: A number at or below this absorbs any score that it is added to.
 ABSORBING = -1e30
@@ -34,7 +38,7 @@ class SdpaKernel:
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
     reads = frozenset(
-        {"scale", "heads", "mask", "empty_row", "bias", "sink_logits", "sink_per_query", "dropout"}
+        {"scale", "heads", "mask", "empty_row", "bias", "alibi", "sink_logits", "sink_per_query", "dropout"}
     )
 
     def refuse(self, site: SiteMeta) -> str | None:
@@ -49,7 +53,8 @@ class SdpaKernel:
     def cost(self, site: SiteMeta) -> Cost:
         """All pairs are computed, half of them under a plain causal mask; a dense mask is read once per head.
 
-        Learned sinks are one more column of the mask: it becomes dense, and keys and values are copied.
+        Learned sinks are one more column of the mask: it becomes dense, and keys and values are copied. A bias that is
+        linear in the distance is built for every head: Sq x Sk numbers each, which a blockwise kernel never holds.
         """
         s, spec = site.sizes, site.spec
         share = 0.5 if _is_causal_flag(spec) else 1.0
@@ -59,6 +64,7 @@ class SdpaKernel:
         rows = s.batch * (s.heads * s.sq * (s.d + s.dv) + keys * (s.d + s.dv))
         flops = 2.0 * s.batch * s.heads * s.sq * s.sk * (s.d + s.dv) * share
         built = 0.0 if _needs_no_mask(spec) or _is_given(spec.mask) else _BUILT * s.sq * s.sk
+        built += 0.0 if spec.alibi is None else _LINE * _slopes(site) * s.sq * s.sk
         efficiency = 0.6 if _needs_no_mask(spec) else 0.35
         return Cost(rows * width + masked + built, flops, efficiency)
 
@@ -72,7 +78,7 @@ class SdpaKernel:
         mask = _attention_mask(spec, visible, operands)
         if spec.sink_logits:
             k, v, mask = _with_sinks(spec, operands, mask)
-        if mask is not None and spec.bias and torch.is_grad_enabled():
+        if mask is not None and (spec.bias or spec.alibi) and torch.is_grad_enabled():
             mask = _brought_near(mask)
         out = functional.scaled_dot_product_attention(
             q, k, v,
@@ -116,9 +122,19 @@ def _brought_near(mask: Tensor) -> Tensor:
     return mask - top.where((size > FAR) & (size < LOST), 0.0)
 
 
+def _slopes(site: SiteMeta) -> int:
+    """How many slopes there are: B H, or H where all sequences share them."""
+    return prod(site.operands["slopes"].shape)
+
+
+def _is_plain(spec: AttentionSpec) -> bool:
+    """Whether nothing is added to the scores or joins them."""
+    return not (spec.bias or spec.alibi or spec.sink_logits)
+
+
 def _is_causal_flag(spec: AttentionSpec) -> bool:
     """Whether `is_causal=True`, which aligns at the top left, says all there is to say."""
-    return spec.mask == Causal(TOP_LEFT) and not spec.bias and not spec.sink_logits
+    return spec.mask == Causal(TOP_LEFT) and _is_plain(spec)
 
 
 def _is_given(mask: Mask) -> bool:
@@ -128,7 +144,7 @@ def _is_given(mask: Mask) -> bool:
 
 
 def _needs_no_mask(spec: AttentionSpec) -> bool:
-    return _is_causal_flag(spec) or (spec.mask == FULL and not spec.sink_logits)
+    return _is_causal_flag(spec) or (spec.mask == FULL and _is_plain(spec))
 
 
 def _visible(spec: AttentionSpec, q: Tensor, k: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
@@ -143,11 +159,19 @@ def _attention_mask(
 ) -> Tensor | None:
     if _absorbs(spec) and visible is not None:
         return _absorbing(visible, operands["q"].dtype)
-    if not spec.bias:
+    biases = [_as_float(x, operands["q"].dtype) for x in _biases(spec, operands)]
+    if not biases:
         return visible
-    first, *rest = (_as_float(operands[name], operands["q"].dtype) for name in spec.bias)
-    bias = sum(rest, first)
+    bias = sum(biases[1:], biases[0])
     return bias if visible is None else torch.where(visible, bias, float("-inf"))
+
+
+def _biases(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """All that is added to the scores; the line in at least fp32, so that it is not rounded far from the diagonal."""
+    yield from (operands[name] for name in spec.bias)
+    if spec.alibi is not None:
+        slopes = operands["slopes"].to(torch.promote_types(operands["slopes"].dtype, torch.float32))
+        yield spec.alibi.dense(slopes, operands["q"].shape[2], operands["k"].shape[2])
 
 
 def _absorbs(spec: AttentionSpec) -> bool:

@@ -29,9 +29,12 @@ def check(
     prefix: int = 0,
     softcap: float | None = None,
     empty_row: str = "zero",
+    slopes: Tensor | None = None,
+    diagonal: int = 0,
+    symmetric: bool = False,  # noqa: FBT001, FBT002 - in the order of the op's schema
 ) -> None:
     """Raises ShapeError, OptionError or UnsupportedError unless `attend` can serve the arguments."""
-    del scale, sinks, prefix
+    del scale, sinks, prefix, diagonal, symmetric
     _check_shapes(q, k, v)
     _check_kinds(q, k, v)
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
@@ -39,6 +42,7 @@ def check(
         if x is not None and not _broadcasts(x, full):
             raise ShapeError(f"{name} is {tuple(x.shape)}; wanted four dimensions, each 1 or that of {full}")
     _check_extras(bias, mask, key_padding, sink_logits, full)
+    _check_slopes(slopes, full)
     if window is not None and offset is None:
         raise UnsupportedError(
             "a window without a causal offset; give the offset, or mask the window densely"
@@ -96,4 +100,15 @@ def _check_extras(
     if sink_logits is not None and (not sink_logits.is_floating_point() or sink_logits.shape != (full[1],)):
         raise ShapeError(
             f"sink_logits is {sink_logits.dtype} {tuple(sink_logits.shape)}; wanted float {(full[1],)}"
+        )
+
+
+def _check_slopes(slopes: Tensor | None, full: tuple[int, int, int, int]) -> None:
+    if slopes is None:
+        return
+    fits = slopes.dim() == 2 and slopes.shape[0] in (1, full[0]) and slopes.shape[1] == full[1]
+    if not (fits and slopes.is_floating_point()):
+        found = f"{slopes.dtype} {tuple(slopes.shape)}"
+        raise ShapeError(
+            f"slopes is {found}; wanted float {full[:2]}, or {(1, full[1])} for all sequences alike"
         )

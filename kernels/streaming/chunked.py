@@ -14,6 +14,7 @@ from attnopt.kernels.streaming.problem import (
     Answer,
     Gradients,
     Problem,
+    Wanted,
     add_mean_gradient,
     fill_empty_rows,
     live_gradient,
@@ -21,13 +22,13 @@ from attnopt.kernels.streaming.problem import (
     row_peak,
     sink_gradient,
 )
-from attnopt.kernels.streaming.reach import Reach
+from attnopt.kernels.streaming.reach import Reach, Span
 from attnopt.kernels.streaming.tiling import GPU_TILE, TILE, Tile, tiles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operands:
-    """Inputs in the accumulation dtype: q (B, Hkv, G, Sq, D); k, v (B, Hkv, Sk, .); bias and masks 5-D."""
+    """Inputs in the accumulation dtype: q (B, Hkv, G, Sq, D); k, v (B, Hkv, Sk, .); bias, masks and slopes 5-D."""
 
     q: Tensor
     k: Tensor
@@ -39,6 +40,9 @@ class Operands:
     reach: Reach
     softcap: float | None
     may_leave_rows_empty: bool
+    slopes: Tensor | None
+    diagonal: int
+    symmetric: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +63,7 @@ class Sums:
     k: Tensor
     v: Tensor
     bias: Tensor | None
+    slopes: Tensor | None
     delta: Tensor
 
 
@@ -74,16 +79,14 @@ def forward(problem: Problem) -> Answer:
     return Answer(fill_empty_rows(problem, o, lse), lse, log_sum)
 
 
-def backward(
-    problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, *, bias_gradient: bool
-) -> Gradients:
-    """Gradients of q, k, v, the sink logits, and of the bias (summed to its shape) if `bias_gradient`."""
+def backward(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, wanted: Wanted) -> Gradients:
+    """Gradients of q, k, v, the sink logits, and what is `wanted` of bias and slopes, summed to their shapes."""
     x = _operands(problem)
     kv_heads = x.k.shape[1]
     live = live_gradient(problem, answer, do)
     known = (live, row_peak(answer), answer.log_sum, torch.isneginf(answer.lse))
     rows = Rows(*(_grouped(t, kv_heads) for t in known))
-    sums = _initial(x, _grouped(live_lse_gradient(answer, dlse), kv_heads), bias_gradient=bias_gradient)
+    sums = _initial(x, _grouped(live_lse_gradient(answer, dlse), kv_heads), wanted)
     for tile in _tiles(x):
         _accumulate(x, tile, rows, sums)
     return Gradients(
@@ -92,12 +95,13 @@ def backward(
         add_mean_gradient(problem, answer, do, sums.v).to(problem.v.dtype),
         None if sums.bias is None else _shaped_like(sums.bias, problem.bias),
         sink_gradient(problem, answer, sums.delta.flatten(1, 2)),
+        None if sums.slopes is None else _shaped_like(sums.slopes, problem.slopes),
     )
 
 
 def _operands(problem: Problem) -> Operands:
     kv_heads, dtype, padding = problem.k.shape[1], problem.accumulate, problem.key_padding
-    sinks = problem.sink_logits
+    sinks, slopes = problem.sink_logits, problem.slopes
     return Operands(
         q=_grouped(problem.q.to(dtype).contiguous(), kv_heads),
         k=_without_padding(problem.k.to(dtype), padding).contiguous(),
@@ -109,12 +113,16 @@ def _operands(problem: Problem) -> Operands:
         reach=problem.reach,
         softcap=problem.softcap,
         may_leave_rows_empty=problem.may_leave_rows_empty,
+        slopes=None if slopes is None else _grouped(slopes.to(dtype)[..., None, None], kv_heads),
+        diagonal=problem.diagonal,
+        symmetric=problem.symmetric,
     )
 
 
-def _initial(x: Operands, dlse: Tensor, *, bias_gradient: bool) -> Sums:
-    bias = torch.zeros_like(x.bias) if bias_gradient and x.bias is not None else None
-    return Sums(torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), bias, -dlse)
+def _initial(x: Operands, dlse: Tensor, wanted: Wanted) -> Sums:
+    bias = torch.zeros_like(x.bias) if wanted.bias and x.bias is not None else None
+    slopes = torch.zeros_like(x.slopes) if wanted.slopes and x.slopes is not None else None
+    return Sums(torch.zeros_like(x.q), torch.zeros_like(x.k), torch.zeros_like(x.v), bias, slopes, -dlse)
 
 
 def _shaped_like(x: Tensor, like: Tensor | None) -> Tensor | None:
@@ -189,12 +197,21 @@ def _masked(x: Operands, tile: Tile, scores: Tensor) -> Tensor:
         part = scores[..., inside]
         if x.bias is not None:
             part.add_(_cut(x.bias, tile, keys))
+        if x.slopes is not None:
+            part.addcmul_(_cut(x.slopes, tile, keys), _distance(x, tile, section))
         for mask in x.masks:
             part.masked_fill_(~_cut(mask, tile, keys), -torch.inf)
         for start, stop in x.reach.edges(tile.rows, section):
             seen = x.reach.tile(tile.rows, (start, stop), scores.device)
             part[..., start - section[0] : stop - section[0]].masked_fill_(~seen, -torch.inf)
     return scores
+
+
+def _distance(x: Operands, tile: Tile, section: Span) -> Tensor:
+    """What the slopes multiply, (rows, columns): a difference of whole numbers, so that nothing is lost far away."""
+    i, j = (torch.arange(*span, device=x.q.device) for span in (tile.rows, section))
+    away = j - (i + x.diagonal)[:, None]
+    return (-away.abs() if x.symmetric else away).to(x.q.dtype)
 
 
 def _cut(x: Tensor, tile: Tile, keys: slice) -> Tensor:
@@ -232,6 +249,8 @@ def _accumulate(x: Operands, tile: Tile, rows: Rows, sums: Sums) -> None:
     dscores.addcmul_(weights, sums.delta[at][..., None], value=-1.0)
     if sums.bias is not None:
         _add_bias(sums.bias, tile, dscores)
+    if sums.slopes is not None:
+        _add_slopes(sums.slopes, x, tile, dscores)
     if slope is not None:
         dscores.mul_(slope)
     sums.q[at] = _times(dscores, _keys(x.k, tile))
@@ -256,3 +275,9 @@ def _add_bias(total: Tensor, tile: Tile, dscores: Tensor) -> None:
     for keys, inside in tile.columns:
         place = _cut(total, tile, keys)
         place += dscores[..., inside].sum_to_size(place.shape)
+
+
+def _add_slopes(total: Tensor, x: Operands, tile: Tile, dscores: Tensor) -> None:
+    for section, (keys, inside) in zip(tile.sections, tile.columns, strict=True):
+        place = _cut(total, tile, keys)
+        place += (dscores[..., inside] * _distance(x, tile, section)).sum_to_size(place.shape)

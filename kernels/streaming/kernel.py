@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import reduce
 from operator import add, and_
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class StreamingKernel:
     name = "streaming"
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
-    reads = frozenset({"scale", "heads", "mask", "empty_row", "bias", "softcap", "sink_logits"})
+    reads = frozenset({"scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits"})
 
     def refuse(self, site: SiteMeta) -> str | None:
         """Serves one float dtype, heads of at most 256 channels, and masks that are bands."""
@@ -77,6 +77,7 @@ class StreamingKernel:
             prefix=form.prefix,
             softcap=spec.softcap,
             empty_row=_EMPTY_ROWS[spec.empty_row],
+            **_line(spec, operands),
         )
         return o
 
@@ -109,6 +110,18 @@ def _bias(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | None:
     if len(found) < 2:
         return found[0] if found else None
     return reduce(add, (x.to(torch.promote_types(x.dtype, torch.float32)) for x in found))
+
+
+def _line(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The bias that is linear in the distance: slopes (B or 1, H), in at least fp32, and from where it counts."""
+    if spec.alibi is None:
+        return {"slopes": None, "diagonal": 0, "symmetric": False}
+    q, k, slopes = operands["q"], operands["k"], operands["slopes"]
+    return {
+        "slopes": slopes.to(torch.promote_types(slopes.dtype, torch.float32)).reshape(-1, q.shape[1]),
+        "diagonal": spec.alibi.offset.at(q.shape[2], k.shape[2]),
+        "symmetric": spec.alibi.symmetric,
+    }
 
 
 def _mask(form: Band, operands: Mapping[str, Tensor]) -> Tensor | None:

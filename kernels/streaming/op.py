@@ -14,7 +14,7 @@ from torch import Tensor
 from attnopt.errors import OptionError
 from attnopt.kernels.streaming import chunked
 from attnopt.kernels.streaming.checks import check
-from attnopt.kernels.streaming.problem import Answer, Gradients, Problem
+from attnopt.kernels.streaming.problem import Answer, Gradients, Problem, Wanted
 from attnopt.kernels.streaming.reach import reach
 
 
@@ -28,6 +28,7 @@ def streaming_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     key_padding: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal attention in which each query sees the first `sinks` keys and the last `window`, its own included.
 
@@ -35,10 +36,12 @@ def streaming_attention(
     strides; query head h reads kv head h // (H / Hkv). The last query stands at the last key: with Sq < Sk the
     queries continue a sequence, as in FlashAttention. scale: D ** -0.5 by default. bias: float, broadcastable to
     (B, H, Sq, Sk), added to the scaled scores. key_padding: bool (B, Sk), True where the key is kept.
-    Returns (B, H, Sq, Dv) in q's dtype; a query that sees no key returns zeros.
+    slopes: float (H,) or (B, H), times how far a key lies behind the query, which is taken off its score: ALiBi
+    (arXiv:2108.12409), without a tensor of all pairs. Returns (B, H, Sq, Dv) in q's dtype; a query that sees no key
+    returns zeros.
 
-    Differentiable in q, k, v and bias. Raises ShapeError where tensors do not fit together, OptionError where sinks or
-    window cannot be, UnsupportedError where D is too large or the dtype unknown. arXiv 2309.17453, section 3.
+    Differentiable in q, k, v, bias and slopes. Raises ShapeError where tensors do not fit together, OptionError where
+    sinks or window cannot be, UnsupportedError where D is too large or the dtype unknown. arXiv 2309.17453, section 3.
     """
     if sinks < 0 or window < 1:
         raise OptionError(
@@ -54,6 +57,9 @@ def streaming_attention(
         prefix=0,
         softcap=None,
         empty_row="zero",
+        slopes=slopes[None] if slopes is not None and slopes.dim() == 1 else slopes,
+        diagonal=k.shape[2] - q.shape[2],
+        symmetric=False,
     )
     return o
 
@@ -79,17 +85,23 @@ def attend(
     prefix: int,
     softcap: float | None,
     empty_row: str,
+    slopes: Tensor | None,
+    diagonal: int,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(softcap(scale q k^T) + bias) v over the visible keys: (o, lse, log_sum).
 
     Visible: ((j <= i + offset and (j > i + offset - window or j < sinks)) or j < prefix) and key_padding[b, j] and
-    mask[b, h, i, j]; offset None is not causal, window None has no lower end. Tensors as in `problem.Problem`,
-    results as in `problem.Answer`. A row whose largest logit is -inf returns NaN, zeros or the mean of all
-    values, as `empty_row` says ("nan", "zero", "uniform"), and passes no gradient to q, k, bias; the mean does to v.
+    mask[b, h, i, j]; offset None is not causal, window None has no lower end. slopes (B or 1, H) add
+    slopes * (j - i - diagonal), or -slopes * |j - i - diagonal| if `symmetric` (ALiBi, arXiv:2108.12409). Tensors as
+    in `problem.Problem`, results as in `problem.Answer`. A row whose largest logit is -inf returns NaN, zeros or the
+    mean of all values, as `empty_row` says ("nan", "zero", "uniform"), and passes no gradient to q, k, bias, slopes;
+    the mean does to v.
     """
     problem = _problem(
         *(q, k, v, bias, mask, key_padding, sink_logits),
         *(scale, offset, window, sinks, prefix, softcap, empty_row),
+        *(slopes, diagonal, symmetric),
     )
     answer = _forward(problem)
     return answer.o, answer.lse, answer.log_sum
@@ -128,43 +140,53 @@ def attend_backward(
     prefix: int,
     softcap: float | None,
     empty_row: str,
+    slopes: Tensor | None,
+    diagonal: int,
+    symmetric: bool,
     bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, bias and sink_logits; the last two have no elements where they are not wanted."""
+    slope_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, bias, sink_logits and slopes; the last three have no elements where they are not wanted."""
     problem = _problem(
         *(q, k, v, bias, mask, key_padding, sink_logits),
         *(scale, offset, window, sinks, prefix, softcap, empty_row),
+        *(slopes, diagonal, symmetric),
     )
-    found = _backward(problem, Answer(o, lse, log_sum), do, dlse, bias_gradient=bias_gradient)
-    dbias, dsinks = (q.new_empty(0) if x is None else x for x in (found.bias, found.sink_logits))
-    return found.q, found.k, found.v, dbias, dsinks
+    found = _backward(problem, Answer(o, lse, log_sum), do, dlse, Wanted(bias_gradient, slope_gradient))
+    extras = (found.bias, found.sink_logits, found.slopes)
+    dbias, dsinks, dslopes = (q.new_empty(0) if x is None else x for x in extras)
+    return found.q, found.k, found.v, dbias, dsinks, dslopes
 
 
 @attend_backward.register_fake
 def _(
     do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, log_sum: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     del do, dlse, o, lse, log_sum
-    q, k, v, bias, sink_logits, bias_gradient = *rest[:4], rest[6], rest[-1]
-    dbias = q.new_empty(0) if bias is None or not bias_gradient else bias.new_empty(bias.shape)
-    dsinks = q.new_empty(0) if sink_logits is None else sink_logits.new_empty(sink_logits.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
+    (q, k, v, bias), sink_logits, slopes = rest[:4], rest[6], rest[14]
+    bias_gradient, slope_gradient = rest[17:]
+    wanted = (bias if bias_gradient else None, sink_logits, slopes if slope_gradient else None)
+    dbias, dsinks, dslopes = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks, dslopes
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*output, *inputs[:7])
-    ctx.numbers = inputs[7:]
+    ctx.save_for_backward(*output, *inputs[:7], inputs[14])
+    ctx.numbers = (*inputs[7:14], *inputs[15:])
 
 
 def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> Sequence[Tensor | None]:
-    saved = ctx.saved_tensors
+    *saved, slopes = ctx.saved_tensors
+    numbers, (diagonal, symmetric) = ctx.numbers[:7], ctx.numbers[7:]
     do = torch.zeros_like(saved[0]) if do is None else do
-    dq, dk, dv, dbias, dsinks = attend_backward(do, dlse, *saved, *ctx.numbers, ctx.needs_input_grad[3])
-    dbias = dbias if ctx.needs_input_grad[3] else None
-    dsinks = dsinks if ctx.needs_input_grad[6] else None
-    return (dq, dk, dv, dbias, None, None, dsinks, *(None for _ in ctx.numbers))
+    asked = ctx.needs_input_grad
+    *found, dbias, dsinks, dslopes = attend_backward(
+        do, dlse, *saved, *numbers, slopes, diagonal, symmetric, asked[3], asked[14]
+    )
+    dbias, dsinks, dslopes = (x if asked[n] else None for n, x in ((3, dbias), (6, dsinks), (14, dslopes)))
+    return (*found, dbias, None, None, dsinks, *(None for _ in numbers), dslopes, None, None)
 
 
 attend.register_autograd(_differentiate, setup_context=_save)
@@ -185,14 +207,19 @@ def _problem(
     prefix: int,
     softcap: float | None,
     empty_row: str,
+    slopes: Tensor | None,
+    diagonal: int,
+    symmetric: bool,
 ) -> Problem:
     check(
         *(q, k, v, bias, mask, key_padding, sink_logits),
         *(scale, offset, window, sinks, prefix, softcap, empty_row),
+        *(slopes, diagonal, symmetric),
     )
     sizes = {"rows": q.shape[2], "columns": k.shape[2]}
     where = reach(offset=offset, window=window, sinks=sinks, prefix=prefix, **sizes)
-    return Problem(q, k, v, bias, mask, key_padding, sink_logits, scale, where, softcap, empty_row)
+    tensors = (q, k, v, bias, mask, key_padding, sink_logits)
+    return Problem(*tensors, scale, where, softcap, empty_row, slopes, diagonal, symmetric)
 
 
 def _forward(problem: Problem) -> Answer:
@@ -204,12 +231,10 @@ def _forward(problem: Problem) -> Answer:
         return triton_forward.launch(problem)
 
 
-def _backward(
-    problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, *, bias_gradient: bool
-) -> Gradients:
+def _backward(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, wanted: Wanted) -> Gradients:
     with _own_precision(problem):
-        if bias_gradient or not _goes_to_triton(problem):
-            return chunked.backward(problem, answer, do, dlse, bias_gradient=bias_gradient)
+        if wanted.bias or wanted.slopes or not _goes_to_triton(problem):
+            return chunked.backward(problem, answer, do, dlse, wanted)
         from attnopt.kernels.streaming import triton_backward  # as above
 
         return triton_backward.launch(problem, answer, do, dlse)

@@ -15,7 +15,8 @@ class Problem:
     q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), any strides; query head h reads kv head h // (H / Hkv).
     bias: float, broadcastable to (B, H, Sq, Sk), added to the scaled scores. mask: bool, same, True is visible.
     key_padding: bool (B, Sk), True is kept. sink_logits: float (H,), exp(z) joins each row's denominator.
-    softcap: cap * tanh(scores / cap) before the bias. empty_row: "nan", "zero" or "uniform".
+    softcap: cap * tanh(scores / cap) before the bias. empty_row: "nan", "zero" or "uniform". slopes: float (B or 1, H);
+    slopes * (j - i - diagonal) is one more bias, or minus slopes * |j - i - diagonal| if `symmetric`.
     """
 
     q: Tensor
@@ -29,6 +30,9 @@ class Problem:
     reach: Reach
     softcap: float | None
     empty_row: str
+    slopes: Tensor | None = None
+    diagonal: int = 0
+    symmetric: bool = False
 
     @property
     def group(self) -> int:
@@ -74,6 +78,15 @@ class Gradients:
     v: Tensor
     bias: Tensor | None
     sink_logits: Tensor | None
+    slopes: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which gradients are asked for beside those of q, k, v and the sink logits; the torch path alone has these."""
+
+    bias: bool = False
+    slopes: bool = False
 
 
 def fill_empty_rows(problem: Problem, o: Tensor, lse: Tensor) -> Tensor:

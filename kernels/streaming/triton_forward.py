@@ -25,6 +25,7 @@ from attnopt.kernels.streaming.triton_tiles import (
     store_rows,
     strides,
     tiles_for,
+    tilt_of,
 )
 
 
@@ -68,11 +69,13 @@ def launch(problem: Problem, tiles: Tiles | None = None) -> Answer:
 @triton.jit(do_not_specialize=NUMBERS)
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, log_sum_ptr, bias_ptr, mask_ptr, keep_ptr, sink_ptr,
+    slope_ptr,
     q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd,
     bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, keep_sb, keep_ss,
-    heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, scale, softcap,
+    slope_sb, slope_sh, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, scale, softcap, diagonal,
     SIGN: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, SINKS: tl.constexpr, HEAD: tl.constexpr, EMPTY_IS_ZERO: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, HEAD: tl.constexpr,
+    EMPTY_IS_ZERO: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +95,7 @@ def attend_kernel(
     bias_ptr += offset(b, bias_sb) + offset(h, bias_sh)
     mask_ptr += offset(b, mask_sb) + offset(h, mask_sh)
     keep_ptr += offset(b, keep_sb)
+    tilt = tilt_of(slope_ptr, b, h, slope_sb, slope_sh, heads, ALIBI)
 
     acc = tl.zeros((BLOCK_Q, DV_PAD), dtype=tl.float32)
     level = tl.full((BLOCK_Q,), -float("inf"), dtype=tl.float32)
@@ -107,8 +111,8 @@ def attend_kernel(
                 acc, level, total, q, rows, j + tl.arange(0, BLOCK_HEAD), head,
                 k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
                 bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-                n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-                WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
+                WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
                 STRUCTURED=True,
             )  # fmt: skip
 
@@ -123,8 +127,8 @@ def attend_kernel(
             acc, level, total, q, rows, j + tl.arange(0, BLOCK_K), n_cols,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-            n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
+            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
             STRUCTURED=True,
         )  # fmt: skip
     for j in range(full, partial, BLOCK_K):
@@ -132,8 +136,8 @@ def attend_kernel(
             acc, level, total, q, rows, j + tl.arange(0, BLOCK_K), n_cols,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-            n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
+            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
             STRUCTURED=False,
         )  # fmt: skip
 
@@ -155,9 +159,9 @@ def visit(
     acc, level, total, q, rows, cols, limit,
     k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
     bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-    n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
+    n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, origin, diagonal,
     WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
     STRUCTURED: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +171,7 @@ def visit(
     x = logits(
         dot(q, tl.trans(k), PRECISION), rows[:, None], cols[None, :], limit, keep[None, :],
         n_rows, upper, lower, sinks, prefix, bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-        scale, softcap, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING,
+        scale, softcap, tilt, origin, diagonal, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
     )  # fmt: skip
     highest = tl.maximum(level, tl.max(x, 1))
     base = tl.where(highest == -float("inf"), 0.0, highest)

@@ -19,19 +19,21 @@ from attnopt.kernels.streaming.triton_tiles import (
     slope,
     split,
     store_rows,
+    tilt_of,
 )
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, far_dk_ptr, far_dv_ptr, delta_ptr, peak_ptr, tail_ptr,
-    bias_ptr, mask_ptr, keep_ptr,
+    bias_ptr, mask_ptr, keep_ptr, slope_ptr,
     q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,
     bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, keep_sb, keep_ss,
-    heads, group, n_rows, n_cols, upper, lower, sinks, prefix, parts, unit, scale, softcap, factor,
+    slope_sb, slope_sh, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, parts,
+    unit, scale, softcap, diagonal, factor,
     SIGN: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
-    DV_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of BLOCK_K keys of one kv head, over the queries of its group that see them."""
     blocks = tl.cdiv(n_cols, BLOCK_K)
@@ -65,6 +67,7 @@ def keys_kernel(
     for g in range(group):
         h = kv_head * group + g
         at = offset(b * heads + h, n_rows)
+        tilt = tilt_of(slope_ptr, b, h, slope_sb, slope_sh, heads, ALIBI)
         for n in range(before + after):
             i = start + n * BLOCK_Q + tl.where(n < before, 0, partial - full)
             dk, dv = visit_keys(
@@ -74,8 +77,8 @@ def keys_kernel(
                 delta_ptr + at, peak_ptr + at, tail_ptr + at,
                 bias_ptr + offset(b, bias_sb) + offset(h, bias_sh), bias_sq, bias_sk,
                 mask_ptr + offset(b, mask_sb) + offset(h, mask_sh), mask_sq, mask_sk,
-                stop, upper, lower, sinks, prefix, unit, scale, softcap,
-                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, i, diagonal,
+                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
                 STRUCTURED=True,
             )  # fmt: skip
         for i in range(full, partial, BLOCK_Q):
@@ -86,8 +89,8 @@ def keys_kernel(
                 delta_ptr + at, peak_ptr + at, tail_ptr + at,
                 bias_ptr + offset(b, bias_sb) + offset(h, bias_sh), bias_sq, bias_sk,
                 mask_ptr + offset(b, mask_sb) + offset(h, mask_sh), mask_sq, mask_sk,
-                stop, upper, lower, sinks, prefix, unit, scale, softcap,
-                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, i, diagonal,
+                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
                 STRUCTURED=False,
             )  # fmt: skip
 
@@ -100,12 +103,13 @@ def keys_kernel(
 @triton.jit(do_not_specialize=NUMBERS)
 def far_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, delta_ptr, peak_ptr, tail_ptr, bias_ptr, mask_ptr, keep_ptr,
-    q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,
+    slope_ptr, q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,
     bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, keep_sb, keep_ss,
-    heads, group, n_rows, n_cols, upper, lower, sinks, prefix, parts, unit, scale, softcap,
+    slope_sb, slope_sh, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, parts,
+    unit, scale, softcap, diagonal,
     SIGN: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
-    DV_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SINK: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the sums over the queries that `keys_kernel` leaves out, for BLOCK_SINK sink columns."""
@@ -133,6 +137,7 @@ def far_kernel(
     for g in range(group):
         h = kv_head * group + g
         at = offset(b * heads + h, n_rows)
+        tilt = tilt_of(slope_ptr, b, h, slope_sb, slope_sh, heads, ALIBI)
         for i in range(start, stop, BLOCK_Q):
             dk, dv = visit_keys(
                 dk, dv, k, v, i + tl.arange(0, BLOCK_Q), cols, keep, sinks,
@@ -141,8 +146,8 @@ def far_kernel(
                 delta_ptr + at, peak_ptr + at, tail_ptr + at,
                 bias_ptr + offset(b, bias_sb) + offset(h, bias_sh), bias_sq, bias_sk,
                 mask_ptr + offset(b, mask_sb) + offset(h, mask_sh), mask_sq, mask_sk,
-                stop, upper, lower, sinks, prefix, unit, scale, softcap,
-                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, i, diagonal,
+                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
                 STRUCTURED=True,
             )  # fmt: skip
 
@@ -156,9 +161,9 @@ def far_kernel(
 def visit_keys(
     dk, dv, k, v, rows, cols, keep, limit, q_ptr, q_ss, q_sd, do_ptr, do_ss, do_sd, delta_ptr, peak_ptr, tail_ptr,
     bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-    stop, upper, lower, sinks, prefix, unit, scale, softcap,
+    stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, origin, diagonal,
     WINDOWED: tl.constexpr, SIGN: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
     STRUCTURED: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +174,7 @@ def visit_keys(
     x = logits(
         scores, rows[None, :], cols[:, None], limit, keep[:, None],
         stop, upper, lower, sinks, prefix, bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-        scale, softcap, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING,
+        scale, softcap, tilt, origin, diagonal, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
     )  # fmt: skip
     peak = tl.load(peak_ptr + rows, mask=exists, other=0.0)
     tail = tl.load(tail_ptr + rows, mask=exists, other=float("inf"))

@@ -15,6 +15,7 @@ from attnopt.kernels.streaming.triton_tiles import (
     slope,
     split,
     store_rows,
+    tilt_of,
 )
 
 
@@ -48,13 +49,14 @@ def prepare_kernel(
 @triton.jit(do_not_specialize=NUMBERS)
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, peak_ptr, tail_ptr, bias_ptr, mask_ptr, keep_ptr,
-    q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,
+    slope_ptr, q_sb, q_sh, q_ss, q_sd, k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, do_sb, do_sh, do_ss, do_sd,
     bias_sb, bias_sh, bias_sq, bias_sk, mask_sb, mask_sh, mask_sq, mask_sk, keep_sb, keep_ss,
-    heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, scale, softcap, factor,
+    slope_sb, slope_sh, heads, group, n_rows, n_cols, upper, lower, sinks, prefix,
+    unit, scale, softcap, diagonal, factor,
     SIGN: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr, BIAS: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr, HEAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_Q queries of one head, over the tiles that the forward visits."""
     blocks = tl.cdiv(n_rows, BLOCK_Q)
@@ -77,6 +79,7 @@ def queries_kernel(
     bias_ptr += offset(b, bias_sb) + offset(h, bias_sh)
     mask_ptr += offset(b, mask_sb) + offset(h, mask_sh)
     keep_ptr += offset(b, keep_sb)
+    tilt = tilt_of(slope_ptr, b, h, slope_sb, slope_sh, heads, ALIBI)
 
     dq = tl.zeros((BLOCK_Q, D_PAD), dtype=tl.float32)
     head = 0
@@ -87,8 +90,8 @@ def queries_kernel(
                 dq, q, do, rows, j + tl.arange(0, BLOCK_HEAD), head, delta, peak, tail,
                 k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
                 bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-                n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-                WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+                n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
+                WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
                 STRUCTURED=True,
             )  # fmt: skip
 
@@ -103,8 +106,8 @@ def queries_kernel(
             dq, q, do, rows, j + tl.arange(0, BLOCK_K), n_cols, delta, peak, tail,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-            n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
+            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
             STRUCTURED=True,
         )  # fmt: skip
     for j in range(full, partial, BLOCK_K):
@@ -112,8 +115,8 @@ def queries_kernel(
             dq, q, do, rows, j + tl.arange(0, BLOCK_K), n_cols, delta, peak, tail,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-            n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
-            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, D, D_PAD, DV, DV_PAD, PRECISION,
+            n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
+            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
             STRUCTURED=False,
         )  # fmt: skip
 
@@ -125,9 +128,9 @@ def visit_queries(
     dq, q, do, rows, cols, limit, delta, peak, tail,
     k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
     bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-    n_rows, upper, lower, sinks, prefix, unit, scale, softcap,
+    n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, origin, diagonal,
     WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
     STRUCTURED: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +142,7 @@ def visit_queries(
     x = logits(
         scores, rows[:, None], cols[None, :], limit, keep[None, :],
         n_rows, upper, lower, sinks, prefix, bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-        scale, softcap, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING,
+        scale, softcap, tilt, origin, diagonal, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
     )  # fmt: skip
     weights = recall(x, peak[:, None], tail[:, None], unit, PLAIN)
     dscores = weights * (dot(do, tl.trans(v), PRECISION) - delta[:, None])

@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 #: Numbers that change with the lengths: no kernel is compiled anew because one is 1, or a multiple of 16.
-NUMBERS = ("upper", "lower", "sinks", "prefix", "parts")
+NUMBERS = ("upper", "lower", "sinks", "prefix", "parts", "diagonal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +137,15 @@ def logits(
     qk, rows, cols, limit, keep,
     n_rows, upper, lower, sinks, prefix,
     bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-    scale, softcap,
+    scale, softcap, tilt, origin, diagonal,
     STRUCTURED: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile of q k^T, -inf where hidden; `rows`, `cols`, `keep` broadcast to the tile, either way round.
 
     PLAIN leaves the scale to whoever takes the exponential; else the logits are in natural units. STRUCTURED is
-    for tiles that some query sees only in part.
+    for tiles that some query sees only in part. tilt: the head's slope, which multiplies
+    `distance`.
     """
     x = qk
     if not PLAIN:
@@ -155,6 +156,8 @@ def logits(
     if BIAS:
         at = bias_ptr + offset(rows, bias_sq) + offset(cols, bias_sk)
         x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ALIBI:
+        x += tilt * distance(rows, cols, origin, diagonal, ALIBI)
     if STRUCTURED:
         x = tl.where(visible(rows, cols, limit, upper, lower, sinks, prefix, WINDOWED), x, -float("inf"))
     if MASK:
@@ -163,6 +166,28 @@ def logits(
     if PADDING:
         x = tl.where(keep, x, -float("inf"))
     return x
+
+
+@triton.jit
+def distance(rows, cols, origin, diagonal, ALIBI: tl.constexpr):
+    """What a slope multiplies, fp32: j - i - diagonal (ALIBI 1), or minus its magnitude (2).
+
+    Positions are counted from `origin`, the tile's first row: exact up to 2^24 from there, however long the sequence.
+    """
+    away = (cols - (origin + diagonal)).to(tl.float32) - (rows - origin).to(tl.float32)
+    if ALIBI == 2:
+        away = -tl.abs(away)
+    return away
+
+
+@triton.jit
+def tilt_of(slope_ptr, b, h, slope_sb, slope_sh, heads, ALIBI: tl.constexpr):
+    """The slope of one head, fp32; 0 where there is none."""
+    tilt = 0.0
+    if ALIBI:
+        at = slope_ptr + offset(b, slope_sb) + offset(h, slope_sh)
+        tilt = tl.load(at, mask=h < heads, other=0.0).to(tl.float32)
+    return tilt
 
 
 @triton.jit
@@ -200,7 +225,8 @@ def slope(scores, scale, softcap):
 def scalars(problem: Problem) -> dict[str, Any]:
     """Sizes, structure, scale and the optional tensors of a problem, by the names that the kernels give them."""
     exact = problem.q.element_size() > 2
-    plain = not exact and problem.bias is None and problem.softcap is None and problem.sink_logits is None
+    more = (problem.bias, problem.softcap, problem.sink_logits, problem.slopes)
+    plain = not exact and all(extra is None for extra in more)
     magnitude = abs(problem.scale) or 1.0
     where = problem.reach
     return {
@@ -227,7 +253,7 @@ def _optional(problem: Problem) -> dict[str, Any]:
     absent = problem.q, (0, 0, 0, 0)
     bias, bias_strides = absent if problem.bias is None else _spread(problem.bias, full)
     mask, mask_strides = absent if problem.mask is None else _spread(problem.mask.view(torch.uint8), full)
-    keep = problem.key_padding
+    keep, slopes = problem.key_padding, problem.slopes
     return {
         "bias_ptr": bias,
         **dict(zip(("bias_sb", "bias_sh", "bias_sq", "bias_sk"), bias_strides, strict=True)),
@@ -236,6 +262,11 @@ def _optional(problem: Problem) -> dict[str, Any]:
         "keep_ptr": problem.q if keep is None else keep.view(torch.uint8),
         "keep_sb": 0 if keep is None else keep.stride(0),
         "keep_ss": 0 if keep is None else keep.stride(1),
+        "slope_ptr": problem.q if slopes is None else slopes,
+        "slope_sb": 0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+        "slope_sh": 0 if slopes is None else slopes.stride(1),
+        "diagonal": problem.diagonal,
+        "ALIBI": 0 if slopes is None else 2 if problem.symmetric else 1,
         "BIAS": problem.bias is not None,
         "MASK": problem.mask is not None,
         "PADDING": keep is not None,

@@ -7,73 +7,32 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning_cases import LAYOUTS, Case, Result, gradients, make_case, quadratic, recurrence
+from lightning_cases import LAYOUTS, gradients, make_case, quadratic, recurrence
+from lightning_judging import (
+    assert_backward,
+    assert_forward,
+    assert_rows,
+    backward,
+    forward,
+    small_case,
+    steps,
+)
 from oracle import assert_same
 from torch import Tensor
 
-from attnopt.kernels.lightning import chunked, triton_backward, triton_forward, triton_step
-from attnopt.kernels.lightning.op import HALF, lightning_attention, lightning_step
-from attnopt.kernels.lightning.triton_tiles import Tiles, choose_tiles, chunk_rows
+from attnopt.kernels.lightning import triton_backward
+from attnopt.kernels.lightning.triton_launch import _is_bulk
+from attnopt.kernels.lightning.triton_tiles import Tiles, _programs, choose_tiles, chunk_rows
 
 HAS_GPU = torch.cuda.is_available()
 GPU = [pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (torch.float32, torch.bfloat16, torch.float16)]
 #: Where kernels run, and in which dtypes; bf16 arithmetic is wrong in the interpreter.
 PLACES = [*([] if HAS_GPU else [("cpu", torch.float32), ("cpu", torch.float16)]), *GPU]
 PLACES_FP32 = [place for place in PLACES if (getattr(place, "values", place))[1] == torch.float32]
+PLACES_HALF = [place for place in PLACES if place not in PLACES_FP32]
 DECAYS = ("none", "head", "token")
 
 everywhere = pytest.mark.parametrize(("device", "dtype"), PLACES)
-on_gpu = pytest.mark.parametrize(("device", "dtype"), GPU)
-
-
-def forward(case: Case, tiles: Tiles | None = None) -> Result:
-    return triton_forward.forward(
-        case.q, case.k, case.v, case.log_decay, case.initial_state, case.scale, tiles=tiles
-    )  # fmt: skip
-
-
-def backward(case: Case, tiles: Tiles | None = None) -> dict[str, Tensor]:
-    """Gradients by name; those of a decay per head summed as the op does it."""
-    g = triton_backward.backward(
-        case.d_out, case.d_state, case.q, case.k, case.v, case.log_decay, case.initial_state, case.scale,
-        with_log_decay=case.log_decay is not None, tiles=tiles,
-    )  # fmt: skip
-    found = {"q": g.q, "k": g.k, "v": g.v, "initial_state": g.initial_state}
-    if case.log_decay is not None:
-        found["log_decay"] = g.log_decay.sum((0, 2)) if case.log_decay.dim() == 1 else g.log_decay
-    return {name: x for name, x in found.items() if getattr(case, name) is not None}
-
-
-def assert_rows(
-    got: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype, factor: float, what: str
-) -> None:
-    """The row rule in units of `dtype`, also where the result is fp32, as states are; scaled into its range."""
-    unit = 2.0 ** math.ceil(math.log2(exact.abs().max().item() or 1.0))
-    low, yardstick = ((x.double().cpu() / unit).to(dtype) for x in (got, eager))
-    assert_same(low, exact.cpu() / unit, yardstick, factor=factor, what=what)
-
-
-def assert_forward(case: Case, device: str, dtype: torch.dtype, tiles: Tiles | None = None) -> None:
-    low = case.in_rounded(dtype)
-    got, eager = forward(low.on(device), tiles), quadratic(low)
-    for what, x, exact, y in zip(
-        ("out", "state"), got, recurrence(low.map(Tensor.double)), eager, strict=True
-    ):
-        assert_rows(x, exact, y, dtype, 2.0, what)
-
-
-def assert_backward(case: Case, device: str, dtype: torch.dtype, tiles: Tiles | None = None) -> None:
-    low = case.in_rounded(dtype)
-    got, eager = backward(low.on(device), tiles), gradients(quadratic, low)
-    for name, exact in gradients(recurrence, low.map(Tensor.double)).items():
-        if name == "log_decay" and dtype in HALF:
-            continue  # the operator leaves it to the torch path in these types
-        assert_rows(got[name], exact, eager[name], dtype, 3.0, f"d_{name}")
-
-
-def small_case(length: int, **changes: object) -> Case:
-    """One key/value head for two query heads; nothing cancels, so that the row rule is sharp."""
-    return make_case(length, **{"batch": 1, "signed": False, **changes})
 
 
 # Against the recurrence.
@@ -143,6 +102,71 @@ def test_small_integers_are_exact_in_fp32(device, dtype, factor: float) -> None:
         assert name == "log_decay" or torch.equal(got.cpu().double(), want[name]), name
 
 
+# How the sequence is cut.
+
+
+@everywhere
+@pytest.mark.parametrize(("segments", "pieces"), [(2, 1), (2, 2), (3, 2), (2, 3), (9, 2)])
+def test_segments_and_their_pieces_add_up(device, dtype, segments: int, pieces: int) -> None:
+    tiles = Tiles(16, 16, segments, pieces=pieces)
+    for decay in ("head", "token"):
+        case = small_case(100, decay=decay, share=1, d=8, dv=8)
+        assert_forward(case, device, dtype, tiles)
+        assert_backward(case, device, dtype, tiles)
+
+
+@everywhere
+@pytest.mark.parametrize("rate", [0.5, 3.0, 20.0, 1e30])
+def test_rows_that_fade_inside_a_segment_are_not_missed(device, dtype, rate: float) -> None:
+    """Segments of 64 rows, of which the first pass reads the last ones only."""
+    case = small_case(130, kv_heads=2, share=1, rate=rate, d=8, dv=8)
+    case = replace(case, log_decay=torch.tensor([-rate, -1e-3], dtype=torch.float64).float().double())
+    assert_forward(case, device, dtype, Tiles(16, 16, 2))
+    assert_backward(case, device, dtype, Tiles(16, 16, 2))
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES_FP32)
+@pytest.mark.parametrize("rate", [1.0, 4.0, 8.0])
+def test_the_loudest_row_fades_where_it_is_not_read(device, dtype, rate: float) -> None:
+    case = small_case(130, share=1, rate=rate, with_state=False, d=8, dv=8)
+    case = replace(case, log_decay=torch.full_like(case.log_decay, -rate))
+    case.k[:, :, 1::17] *= 2.0**60
+    case.v[:, :, 1::17] *= 2.0**60
+    low = case.in_rounded(dtype)
+    got, exact = forward(low.on(device), Tiles(16, 16, 2)), recurrence(low.map(Tensor.double))
+    for x, y in zip(got, exact, strict=True):  # exponents of 100 are as exact as fp32 holds them
+        torch.testing.assert_close(x.cpu().double(), y, rtol=1e-4, atol=0)
+
+
+@everywhere
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0**-30])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_any_scale_is_served_in_both_directions(device, dtype, scale: float, segments: int) -> None:
+    case = small_case(60, share=1, scale=scale)
+    assert_forward(case, device, dtype, Tiles(16, 16, segments))
+    assert_backward(case, device, dtype, Tiles(16, 16, segments))
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES_HALF)
+@pytest.mark.parametrize(
+    ("layout", "bulk"),
+    [("contiguous", True), ("transposed", True), ("columns first", False), ("padded", False)],
+)
+def test_both_ways_of_loading_are_the_recurrence(device, dtype, layout: str, bulk: bool) -> None:
+    """Tensor descriptors where rows start at multiples of 16 bytes, else pointers."""
+    case = small_case(37, kv_heads=2, share=2, d=16, dv=24)
+    low = case.in_rounded(dtype)
+    laid = low.on(device).map(lambda x: LAYOUTS[layout](x) if x.dim() > 2 else x)
+    assert all(_is_bulk(x) is bulk for x in (laid.q, laid.k, laid.v, laid.d_out))
+    tiles, wide = Tiles(16, 16, 2), low.map(Tensor.double)
+    got, grads = forward(laid, tiles), backward(laid, tiles)
+    for what, *x in zip(("out", "state"), got, recurrence(wide), quadratic(low), strict=True):
+        assert_rows(*x, dtype, 2.0, what)
+    eager = gradients(quadratic, low)
+    for name, exact in gradients(recurrence, wide).items():
+        assert_rows(grads[name], exact, eager[name], dtype, 3.0, f"d_{name}")
+
+
 # Laws.
 
 
@@ -200,19 +224,6 @@ def test_results_are_the_same_bits_each_time_and_inputs_stay(device, dtype) -> N
 # One token at a time.
 
 
-def token(case: Case, t: int) -> tuple[Tensor, Tensor, Tensor]:
-    return case.q[:, :, t], case.k[:, :, t], case.v[:, :, t]
-
-
-def steps(case: Case, state: Tensor) -> Tensor:
-    out = []
-    for t in range(case.q.shape[2]):
-        per_token = case.log_decay is not None and case.log_decay.dim() == 3
-        decay = case.log_decay[:, :, t] if per_token else case.log_decay
-        out.append(triton_step.step(*token(case, t), state, decay, case.scale))
-    return torch.stack(out, dim=2)
-
-
 @everywhere
 @pytest.mark.parametrize("decay", DECAYS)
 def test_prefill_then_steps_are_one_pass(device, dtype, decay: str) -> None:
@@ -244,7 +255,7 @@ def test_state_of_any_layout_is_updated_in_place(device, dtype, layout: str) -> 
 def test_tiles_are_legal_for_every_shape(
     heads: int, length: int, dx: int, dz: int, dtype: torch.dtype
 ) -> None:
-    chunk = chunk_rows(length, max(dx, dz), dtype)
+    chunk = chunk_rows(length, dtype)
     tiles = choose_tiles(heads, length, dx, dz, dtype, chunk, 132)
     assert tiles.chunk == chunk
     assert tiles.chunk in {16, 32, 64}
@@ -252,119 +263,28 @@ def test_tiles_are_legal_for_every_shape(
     assert 1 <= tiles.segments <= max(1, length // (2 * chunk))
 
 
-def test_many_heads_take_one_pass_and_few_fill_the_device() -> None:
-    def segments(heads: int, length: int) -> int:
-        return choose_tiles(heads, length, 128, 128, torch.bfloat16, 64, 132).segments
+def test_segments_are_cut_only_where_one_pass_leaves_the_device_idle() -> None:
+    def chosen(heads: int, length: int) -> Tiles:
+        return choose_tiles(heads, length, 128, 128, torch.bfloat16, 64, 132)
 
-    assert segments(1024, 1024) == segments(256, 4096) == 1
-    assert segments(16, 65536) * 16 >= 132
-    assert segments(1, 64) == 1
+    def programs(heads: int, length: int) -> int:
+        tiles = chosen(heads, length)
+        return heads * tiles.segments * math.ceil(128 / tiles.columns)
 
-
-# On a GPU only: the dispatch, real sizes, compilers.
-
-
-@on_gpu
-@pytest.mark.parametrize("d", [1, 3, 16, 40, 64, 80, 96, 128, 160, 256])
-def test_every_width_runs_with_the_tiles_chosen_for_it(device, dtype, d: int) -> None:
-    case = small_case(150, d=d, dv=max(1, d - 1))
-    assert_forward(case, device, dtype)
-    assert_backward(case, device, dtype)
+    assert chosen(1024, 1024).segments == 1  # many heads: a second reading of keys and values buys nothing
+    assert chosen(1, 64).segments == 1  # too short to be cut
+    assert chosen(16, 65536).segments > 1
+    assert all(programs(heads, 65536) >= 0.9 * 132 for heads in (1, 2, 3, 4, 8, 16, 32, 64))
 
 
-@on_gpu
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize(("heads", "length"), [(300, 200), (2, 5000)])
-def test_one_pass_and_many_segments_agree_with_torch(
-    device, dtype, heads: int, length: int, decay: str
+@given(
+    st.integers(1, 5000), st.integers(1, 2**20), st.sampled_from([16, 32, 64, 128, 256]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+def test_the_choice_is_among_the_shipped_programs(
+    heads: int, length: int, width: int, dtype: torch.dtype
 ) -> None:
-    torch.manual_seed(1)
-    case = make_case(
-        length, batch=1, kv_heads=heads, share=1, d=128, dv=128, decay=decay, rate=0.05, signed=False
-    )
-    low = case.in_rounded(dtype).on(device)
-    wide = low.map(Tensor.double)
-    got, grads = forward(low), backward(low)
-    exact = chunked.forward(wide.q, wide.k, wide.v, wide.log_decay, wide.initial_state, wide.scale)
-    want = gradients(attend, wide)  # fp64 takes the torch path
-    assert_rows(got[0], exact[0], exact[0], dtype, 2.0, "out")
-    assert_rows(got[1], exact[1], exact[1], dtype, 2.0, "state")
-    for name in ("q", "k", "v", "initial_state"):
-        assert_rows(grads[name], want[name], want[name], dtype, 3.0, f"d_{name}")
-
-
-def attend(case: Case) -> Result:
-    return lightning_attention(
-        case.q, case.k, case.v,
-        log_decay=case.log_decay, scale=case.scale, initial_state=case.initial_state, return_state=True,
-    )  # fmt: skip
-
-
-@on_gpu
-def test_the_op_takes_the_kernels_on_a_gpu(device, dtype) -> None:
-    case = small_case(100, decay="token").in_rounded(dtype).on(device)
-    assert all(map(torch.equal, attend(case), forward(case)))
-    if dtype == torch.float32:  # in half types a learned decay takes the torch path
-        want = backward(case)
-        assert all(
-            torch.equal(got, want[name].to(got.dtype)) for name, got in gradients(attend, case).items()
-        )
-    one, state = replace(case, log_decay=None, scale=1.0).rows(0, 1), case.initial_state.clone()
-    out = lightning_step(*token(one, 0), state)
-    assert torch.equal(out[:, :, None], steps(one, case.initial_state))
-
-
-@on_gpu
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_the_op_is_registered_well_on_a_gpu(device, dtype, layout: str) -> None:
-    case = small_case(100, kv_heads=2).in_rounded(dtype).on(device)
-    laid = case.map(lambda x: (LAYOUTS[layout](x) if x.dim() > 2 else x).requires_grad_())
-    arguments = (laid.q, laid.k, laid.v, laid.log_decay, laid.initial_state, laid.scale, True)
-    checks = torch.library.opcheck(torch.ops.attnopt.lightning_attention.default, arguments)
-    assert set(checks.values()) == {"SUCCESS"}
-
-
-@on_gpu
-def test_compiled_is_eager_on_a_gpu(device, dtype) -> None:
-    case = small_case(100).in_rounded(dtype).on(device)
-    compiled = torch.compile(attend, fullgraph=True)
-    assert all(map(torch.equal, compiled(case), attend(case)))
-    want = gradients(attend, case)
-    assert all(torch.equal(got, want[name]) for name, got in gradients(compiled, case).items())
-
-
-@on_gpu
-def test_a_captured_graph_replays_on_new_values(device, dtype) -> None:
-    case = small_case(200).in_rounded(dtype).on(device)
-    attend(case)  # compiles the kernels before capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, _ = attend(case)
-    case.q.mul_(0.5)
-    graph.replay()
-    assert torch.equal(out, attend(case)[0])
-
-
-@on_gpu
-def test_strides_beyond_32_bits_are_followed(device, dtype) -> None:
-    wide = torch.empty(2100, 2**20, device=device, dtype=dtype)
-    x = wide[:, 5:21].normal_()[None, None]
-    assert x.stride(2) * x.shape[2] > 2**31
-    assert torch.equal(lightning_attention(x, x, x), lightning_attention(*[x.contiguous()] * 3))
-
-
-@on_gpu
-@pytest.mark.parametrize(
-    "tiles", [Tiles(64, 64, 1), Tiles(64, 128, 8, 8, 3), Tiles(32, 64, 4, 8), Tiles(16, 32, 2)]
-)
-def test_every_form_of_tiles_gives_the_same_bits_each_time(device, dtype, tiles: Tiles) -> None:
-    case = (
-        make_case(700, batch=1, kv_heads=8, share=1, d=128, dv=128, decay="token")
-        .in_rounded(dtype)
-        .on(device)
-    )
-    tiles = tiles if dtype == torch.bfloat16 else Tiles(16, 32, tiles.segments)
-    first, first_grads = forward(case, tiles), backward(case, tiles)
-    for _ in range(20):
-        assert all(map(torch.equal, forward(case, tiles), first))
-        assert all(torch.equal(got, first_grads[name]) for name, got in backward(case, tiles).items())
+    """Those that test_lightning_gpu_bits.py runs a hundred times."""
+    chunk = chunk_rows(length, dtype)
+    chosen = choose_tiles(heads, length, width, width, dtype, chunk, 132)
+    assert replace(chosen, segments=1, pieces=1) in _programs(width, width, dtype, chunk)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attnopt.errors import AttnoptError, OptionError, ShapeError, UnsupportedError
 from attnopt.kernels.streaming import chunked
 from attnopt.kernels.streaming.op import attend, streaming_attention
+from attnopt.kernels.streaming.problem import Wanted
 from attnopt.kernels.streaming.reach import Reach
 
 STREAM = Structure(offset=0, window=9, sinks=2)
@@ -373,7 +375,7 @@ def test_no_temporary_is_larger_than_the_inputs_or_a_few_tiles(structure: Struct
     c = call(batch=1, kv_heads=2, sq=3000, sk=3000, d=8, dv=8, structure=structure)
     with Largest() as largest:
         answer = chunked.forward(c.problem)
-        chunked.backward(c.problem, answer, torch.ones_like(answer.o), None, bias_gradient=False)
+        chunked.backward(c.problem, answer, torch.ones_like(answer.o), None, Wanted())
     assert largest.elements <= chunked.TILE
     assert largest.elements < 3000 * 3000 / 8
 
@@ -394,16 +396,20 @@ def test_work_grows_with_the_window_not_with_the_square() -> None:
 # ---- the op under PyTorch ----
 
 
+def _leaf(argument: Any) -> Any:
+    is_float = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.requires_grad_() if is_float else argument
+
+
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 @pytest.mark.parametrize(
     "extras",
-    [frozenset(), frozenset({"bias", "padding", "sinks"}), frozenset({"mask"})],
+    [frozenset(), frozenset({"bias", "padding", "sinks"}), frozenset({"mask"}), frozenset({"alibi"})],
     ids=lambda names: "-".join(sorted(names)) or "none" if isinstance(names, frozenset) else None,
 )
 def test_the_op_is_well_formed(layout: str, extras: frozenset[str]) -> None:
     c = call(sq=9, sk=11, group=2, layout=layout, structure=STREAM, extras=extras, empty_row="zero")
-    tensors = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in c.arguments[:7]]
-    checks = torch.library.opcheck(attend, (*tensors, *c.arguments[7:]))
+    checks = torch.library.opcheck(attend, tuple(map(_leaf, c.arguments)))
     assert set(checks.values()) == {"SUCCESS"}
 
 

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from attnopt.kernels.streaming import chunked, triton_backward, triton_forward
 from attnopt.kernels.streaming.op import attend, streaming_attention
-from attnopt.kernels.streaming.problem import Answer, Gradients
+from attnopt.kernels.streaming.problem import Answer, Gradients, Wanted
 from attnopt.kernels.streaming.triton_tiles import BY_KEYS, BY_QUERIES, SMALLEST, Tiles, choose
 
 # numpy, which interprets, reports the overflows that exponentials of masked logits rely on; a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
-EXTRAS = ("none", "bias", "lowest", "mask", "padding", "sinks", "softcap")
+EXTRAS = ("none", "bias", "lowest", "mask", "padding", "sinks", "softcap", "alibi")
 HALVES_ON_GPU = [(torch.bfloat16, extra) for extra in EXTRAS] + [
     (torch.float16, extra) for extra in EXTRAS[::3]
 ]
@@ -81,8 +81,10 @@ def given_back(found: Gradients) -> list[Tensor]:
     return [x for x in (found.q, found.k, found.v, found.sink_logits) if x is not None]
 
 
-def without_bias(c: Call, found: list[Tensor]) -> list[Tensor]:
-    return found[:3] + (found[-1:] if c.sink_logits is not None else [])
+def of_triton(c: Call, found: list[Tensor]) -> list[Tensor]:
+    """Without the gradients that the torch path alone computes: those of the bias and of the slopes."""
+    sinks = found[3 + (c.bias is not None) :][:1] if c.sink_logits is not None else []
+    return [*found[:3], *sinks]
 
 
 # ---- which keys are seen ----
@@ -125,8 +127,8 @@ def test_rows_and_gradients_are_as_good_as_eager(device: str, dtype: torch.dtype
     tiles = None if device == "cuda" else SMALL
     exact = c.to(torch.float64)
     assert_same(forward(c.to(device), tiles).o.cpu(), exact.plain(), c.plain())
-    wanted = without_bias(c, plain_gradients(exact, do.double()))
-    yardstick = without_bias(c, eager_gradients(c, do, plain_gradients(exact, do.double())))
+    wanted = of_triton(c, plain_gradients(exact, do.double()))
+    yardstick = of_triton(c, eager_gradients(c, do, plain_gradients(exact, do.double())))
     found = given_back(backward(c.to(device), do.to(device), tiles))
     for got, want, eager in zip(found, wanted, yardstick, strict=True):
         assert_same(got.cpu(), want, eager, factor=3.0, what="gradient")
@@ -176,7 +178,7 @@ def test_it_agrees_with_the_torch_path(c: Call) -> None:
     for x, y in ((got.o, want.o), (got.lse, want.lse), (got.log_sum, want.log_sum)):
         assert torch.allclose(x, y, rtol=1e-4, atol=1e-4, equal_nan=True)
     do, dlse = torch.randn_like(want.o), torch.randn_like(want.lse)
-    wanted = given_back(chunked.backward(problem, want, do, dlse, bias_gradient=False))
+    wanted = given_back(chunked.backward(problem, want, do, dlse, Wanted()))
     for x, y in zip(given_back(backward(c, do, dlse=dlse)), wanted, strict=True):
         assert torch.allclose(
             x, y, rtol=1e-3, atol=1e-3 * max(1.0, float(y.nan_to_num().abs().max())), equal_nan=True
@@ -198,7 +200,7 @@ def test_any_tiles_give_the_same(tiles: Tiles) -> None:
 def test_gradients_agree_with_the_torch_path_in_every_structure(structure: Structure) -> None:
     c = call(sq=50, sk=40, structure=structure, empty_row="zero", **SINGLE).to(DEVICE)
     do = torch.randn_like(c.q)
-    want = chunked.backward(c.problem, chunked.forward(c.problem), do, None, bias_gradient=False)
+    want = chunked.backward(c.problem, chunked.forward(c.problem), do, None, Wanted())
     for x, y in zip(given_back(backward(c, do)), given_back(want), strict=True):
         assert torch.allclose(x, y, atol=1e-5)
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from graphs import aten_graph, shadow_of
+from graphs import aten_graph, dynamo_graphs, shadow_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnopt.passes.constants import MAX_DEPTH, constant, uniform
+from attnopt.passes.constants import MAX_DEPTH, constant, present, uniform
+from attnopt.shadow import trace
 
 X = torch.ones(2, 3)
 
@@ -134,3 +135,21 @@ def test_a_constant_that_is_written_to_is_none():
     graph = shadow_of(function, X).module.graph
     (node,) = (n for n in graph.nodes if n.target == torch.ops.aten.full.default)
     assert uniform(node) is None
+
+
+class Held(torch.nn.Module):
+    factor = 0.3
+
+    def forward(self, x):
+        return torch.full_like(x, 2 * self.factor).sqrt(), torch.full_like(x, self.factor * x.shape[0])
+
+
+def test_a_float_from_outside_is_no_constant_but_has_a_present_value():
+    (module,) = dynamo_graphs(Held(), torch.ones(5, 4), dynamic=True)
+    graph = trace(module).module.graph
+    (root,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sqrt.default)
+    _, of_sizes = graph.find_nodes(op="call_function", target=torch.ops.aten.full_like.default)
+    assert (uniform(root), constant(root), present(of_sizes)) == (None, None, None)
+    assert present(root) == pytest.approx(0.6**0.5, rel=1e-7)
+    assert present(root.args[0].args[1]) == 0.6
+    assert present(0.5) == uniform(0.5) == 0.5

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from graphs import aten_graph, nodes_of
+from graphs import aten_graph, dynamo_graphs, nodes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attnopt.passes.contraction import contraction, label_down, label_up, other_operand, summed_product
 from attnopt.passes.layout import Space
+from attnopt.shadow import trace
+
+BADDBMM = torch.ops.aten.baddbmm.default
 
 SIZES = dict(zip("abcdefG", (2, 3, 4, 2, 3, 5, 2), strict=True))
 HIDDEN = (2, 3)  # the sizes under an ellipsis
@@ -117,6 +120,27 @@ def test_alpha_scales_the_product_and_beta_what_is_added(beta, alpha):
 def test_nothing_is_added_where_beta_is_zero():
     inputs = torch.full((2, 3, 5), torch.nan), torch.ones(2, 3, 4), torch.ones(2, 4, 5)
     assert form_of(lambda a, b, c: torch.baddbmm(a, b, c, beta=0), *inputs).added is None
+
+
+class Added(torch.nn.Module):
+    alpha, beta = 0.3, 2.0
+
+    def forward(self, a, b, c):
+        return torch.baddbmm(a, b, c, beta=self.beta, alpha=self.alpha)
+
+
+class OfSizes(Added):
+    def forward(self, a, b, c):
+        return torch.baddbmm(a, b, c, beta=self.beta, alpha=b.shape[2] ** -0.5)
+
+
+def test_factors_that_a_module_holds_are_read_as_they_are_now_and_those_of_sizes_are_not_read():
+    inputs = torch.ones(2, 3, 5), torch.ones(2, 3, 4), torch.ones(2, 4, 5)
+    (found, unread) = (
+        contraction(*nodes_of(trace(*dynamo_graphs(kind(), *inputs, dynamic=True)).module, BADDBMM))
+        for kind in (Added, OfSizes)
+    )
+    assert (found.factor, found.added_factor, unread) == (0.3, 2.0, None)
 
 
 PRODUCTS = {

@@ -78,6 +78,73 @@ def running_mean_of_each_channel(k, v, decay, first):
     return out
 
 
+EXPONENTIAL = "exponential gates with a running maximum"
+
+
+def with_exponents() -> tuple[Tensor, ...]:
+    """q, k, v of few tokens, and the exponents of the gates, (B, H, S)."""
+    q, k, v = (torch.randn(2, H, STEPS, n) for n in (D, D, DV))
+    return q, k, v, torch.randn(2, H, STEPS), torch.randn(2, H, STEPS)
+
+
+def exponents(start: Tensor, forget: Tensor) -> Tensor:
+    run = functional.logsigmoid(forget).cumsum(-1)
+    future = torch.ones(STEPS, STEPS, dtype=torch.bool).triu(1)
+    return (run[..., :, None] - run[..., None, :] + start[..., None, :]).masked_fill(future, -torch.inf)
+
+
+@unserved(EXPONENTIAL, with_exponents)  # Beck et al. 2024, arXiv:2405.04517, eq. 75 to 81
+def stabilised_weights(q, k, v, start, forget):
+    powers = exponents(start, forget)
+    most = powers.amax(-1, keepdim=True)
+    weights = scores(q, k) * (powers - most).exp()
+    return weights / (torch.maximum(weights.sum(-1, keepdim=True).abs(), (-most).exp()) + 1e-6) @ v
+
+
+@unserved(EXPONENTIAL, with_exponents)  # transformers, models/xlstm/modeling_xlstm.py, by tokens
+def stabilised_steps(q, k, v, start, forget):
+    state, sums = q.new_zeros(2, H, D, DV), q.new_zeros(2, H, D)
+    most, out = q.new_zeros(2, H), []
+    for t in range(STEPS):
+        kept = functional.logsigmoid(forget[:, :, t]) + most
+        top = torch.maximum(kept, start[:, :, t])
+        old, new = (kept - top).exp()[..., None], (start[:, :, t] - top).exp()[..., None]
+        state = old[..., None] * state + (new * k[:, :, t])[..., None] * v[:, :, t, None]
+        sums, most = old * sums + new * k[:, :, t], top
+        total = (q[:, :, t] * sums).sum(-1, keepdim=True).abs()
+        above = (q[:, :, t, None] @ state).squeeze(-2)
+        out.append(above / (torch.maximum(total, (-most).exp()[..., None]) + 1e-6))
+    return torch.stack(out, 2)
+
+
+def buckets() -> tuple[Tensor, ...]:
+    """q, k, v whose length is a multiple of 4."""
+    return tuple(torch.randn(2, H, 16, D) for _ in range(3))
+
+
+# lucidrains/linear-attention-transformer, linear_attention_transformer.py: each bucket sees those before it
+@unserved("running sums of keys times values, which also takes clamp", buckets)
+def buckets_before(q, k, v):
+    q, k, v = (x.unflatten(2, (-1, 4)) for x in (q.softmax(-1), k.exp(), v))
+    states = torch.einsum("bhund,bhune->bhude", k, v).cumsum(2)
+    sums = k.sum(-2).cumsum(-2)
+    states = functional.pad(states, (0, 0, 0, 0, 1, 0))[:, :, :-1]
+    sums = functional.pad(sums, (0, 0, 1, 0))[:, :, :-1]
+    inverse = 1 / torch.einsum("bhud,bhund->bhun", sums, q).clamp(min=1e-3)
+    return torch.einsum("bhund,bhude,bhun->bhune", q, states, inverse).flatten(2, 3)
+
+
+def test_a_bound_that_does_not_move_is_no_running_maximum() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, forget: Tensor) -> Tensor:
+        weights = scores(q, k).tril()
+        least = (-start[..., None]).exp()  # data, but the largest of nothing
+        return weights / torch.maximum(weights.sum(-1, keepdim=True).abs(), least) @ v
+
+    report = check_like_eager(attend, with_exponents())
+    assert report.having("rewritten") == ()
+    assert not any(EXPONENTIAL in site.reason for site in report.sites)
+
+
 @pytest.mark.parametrize("case", UNSERVED, ids=lambda case: case.name)
 def test_it_has_one_entry_with_the_reason_and_the_line(case: NearMiss) -> None:
     report = check_like_eager(case.attend, case.inputs())

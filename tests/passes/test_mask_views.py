@@ -40,6 +40,10 @@ VIEWS = {
     "view": lambda x: grid().view(1, N, 1, M),
     "reshape back": lambda x: grid()[:, None, :, None].reshape(N, M),
     "flatten": lambda x: grid()[:, :1].flatten(),
+    "reshape that merges": lambda x: grid().reshape(N * M),
+    "reshape that merges some": lambda x: grid()[:, None, :, None].expand(N, 2, M, 3).reshape(N * 2, M * 3),
+    "reshape that splits": lambda x: torch.arange(N * M).reshape(N, M),
+    "reshape that splits in three": lambda x: (torch.arange(24) * 3).view(2, 3, 4)[:, 1:],
     "unflatten": lambda x: grid().unflatten(1, (1, M)),
     "repeat of a number": lambda x: torch.tensor(3).repeat(2, 2),
     "repeat of one": lambda x: grid()[:1].repeat(3, 1),
@@ -92,7 +96,7 @@ def test_elements_are_found_at_symbolic_sizes(name):
 
 
 UNKNOWN = {
-    "reshape that merges": lambda x: grid().reshape(N * M),
+    "reshape that cuts across": lambda x: grid().reshape(2, 10),
     "tile of the last": lambda x: grid()[:, :1].tile(3),
     "repeat of many": lambda x: grid().repeat(2, 1),
     "bits read anew": lambda x: grid().to(torch.int32).view(torch.float32).isnan(),

@@ -124,3 +124,33 @@ def test_a_graph_that_forks_again_and_again_is_read_in_the_time_of_its_nodes() -
         return scores.softmax(-1) @ v
 
     assert len(found_in(attend, Q, K, V)) == 1
+
+
+def blended(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=alpha, beta=beta) * 0.5
+    return (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_factor_of_the_product_may_be_made_of_sizes(dynamic: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return blended(q, k, v, bias, alpha=q.shape[-1] ** -0.5, beta=0.25)
+
+    inputs = [Q, K, V, torch.randn(6, 7, 7)]
+    (site,) = check_like_eager(attend, inputs, differentiable=4, dynamic=dynamic).attention
+    scale = "0.5*input" if dynamic else "0.25"
+    assert (site.verdict, site.spec) == ("rewritten", f"softmax scale={scale} full bias")
+    assert site.error is not None
+    assert site.error <= 1e-9
+
+
+def test_a_factor_of_what_is_added_is_a_number_or_left_alone() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return blended(q, k, v, bias, beta=q.shape[-1] ** -0.5)
+
+    report = check_like_eager(attend, [Q, K, V, torch.randn(6, 7, 7)], differentiable=4, dynamic=True)
+    assert [(site.verdict, site.reason) for site in report.sites] == [
+        ("rejected", "aten::baddbmm between Q K^T and the softmax is not understood")
+    ]

@@ -119,8 +119,3 @@ def test_dropout_of_everything_is_refused():
         return sdpa(q, k, v, dropout_p=1.0)
 
     assert reject_of(function, *tensors()).reason == "dropout 1 on the attention weights leaves nothing"
-
-
-def test_a_single_key_is_refused():
-    q, k, v = tensors()
-    assert reject_of(sdpa, q, k[:, :, :1], v[:, :, :1]).reason == "attention to a single key"

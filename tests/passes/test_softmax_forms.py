@@ -249,8 +249,16 @@ def other_column_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.pad(scores_of(q, k), (0, 1)).softmax(-1)[..., 1:] @ v
 
 
-def two_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return functional.pad(scores_of(q, k), (0, 2)).softmax(-1)[..., :-2] @ v
+def columns_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return functional.pad(scores_of(q, k), (1, 1)).softmax(-1)[..., 1:-1] @ v
+
+
+def other_columns_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return functional.pad(scores_of(q, k), (0, 2)).softmax(-1)[..., 2:] @ v
+
+
+def more_columns_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return functional.pad(scores_of(q, k), (0, 2)).softmax(-1)[..., :-3] @ v[:, :, 1:]
 
 
 def number_added_beside_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -286,8 +294,8 @@ def weights_filled_with_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores_of(q, k).masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 1.0) @ v
 
 
-def weights_per_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (scores_of(q, k).softmax(-1) * torch.arange(1.0, SK + 1)) @ v
+def weights_per_pair(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (scores_of(q, k).softmax(-1) * torch.arange(1.0, SQ * SK + 1).view(SQ, SK)) @ v
 
 
 def heads_mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -304,13 +312,15 @@ def gate_of_the_other_sign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 REFUSED = {
     column_not_dropped: "stays in the weights",
     other_column_dropped: "another column is dropped",
-    two_columns: "padded otherwise|more than one column",
+    columns_on_both_sides: "padded otherwise than by columns on one side",
+    other_columns_dropped: "another column is dropped",
+    more_columns_dropped: "stays in the weights",
     number_added_beside_a_sink: "a number is added to the scores but not to the sinks",
     masked_by_another_mask: "masked after the softmax by something else",
     weights_times_themselves: "multiplied by themselves",
     weights_by_their_square_root: "made of them|not understood",
     weights_filled_with_one: "filled with something other than 0",
-    weights_per_key: "not made of a mask",
+    weights_per_pair: "not made of a mask",
     heads_mixed: "does not sum over",
 }
 

@@ -1,5 +1,8 @@
 """The call takes the root's place, and everything else in the graph stays as it was."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from compiling import check_like_eager
 from graphs import aten_graph, nodes_of
@@ -89,3 +92,33 @@ def test_writes_that_belong_to_the_site_go_with_it() -> None:
     rewritten(module)
     assert nodes_of(module, aten.mul_.Tensor) == nodes_of(module, aten.matmul.default) == []
     torch.testing.assert_close(module(Q, K, V), overwriting(Q, K, V))
+
+
+def doubled(out: Tensor) -> None:
+    out.mul_(2)
+
+
+def added_to(out: Tensor) -> None:
+    out += 1.0
+
+
+def negated_in_part(out: Tensor) -> None:
+    out[..., 0].neg_()
+
+
+def doubled_through_a_view(out: Tensor) -> None:
+    out.transpose(1, 2).mul_(2)
+
+
+@pytest.mark.parametrize("write", [doubled, added_to, negated_in_part, doubled_through_a_view])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_the_result_may_be_written_to_although_the_backward_pass_needs_it(
+    write: Callable[[Tensor], None], inner: str
+) -> None:
+    def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v)
+        write(out)
+        return out
+
+    report = check_like_eager(written, (Q, K, V), differentiable=3, inner=inner, allow=("streaming",))
+    assert [site.verdict for site in report.attention] == ["rewritten"]

@@ -1,0 +1,102 @@
+"""Mutants that were once computed wrong, or stopped the compiler: each is refused now, or computed right.
+
+They are written out, since a seed makes another mutant as soon as a program or an operator is added.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from mutant_trials import Setting, judged
+from torch import Tensor
+
+B, H, S, D = 2, 3, 7, 4
+
+
+def heads(*more: Any) -> tuple[Any, ...]:
+    """Queries, keys and values in fp64."""
+    torch.manual_seed(0)
+    return (*torch.randn(3, B, H, S, D, dtype=torch.float64).unbind(), *more)
+
+
+@dataclass(frozen=True)
+class Case:
+    """attend: the mutant. more: what it takes beside q, k and v."""
+
+    attend: Callable[..., Any]
+    more: tuple[Any, ...] = ()
+    training: bool = True
+    kernels: tuple[str, ...] = field(default=())
+
+
+CASES: list[Case] = []
+
+
+def was_wrong(*more: Any, training: bool = True, kernels: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Adds the function to CASES."""
+
+    def add(attend: Callable[..., Any]) -> Callable[..., Any]:
+        CASES.append(Case(attend, more, training, kernels))
+        return attend
+
+    return add
+
+
+KEEP = torch.ones(B, S, dtype=torch.bool)
+KEEP[0, :2] = False
+
+
+@was_wrong(-torch.rand(H, 1, 1, dtype=torch.float64), KEEP, kernels=("sdpa",))
+def scores_times_a_huge_number(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
+    return ((q @ k.mT * 0.25) * torch.where(keep[:, None, None], 0.0, -1e9) * scale).softmax(-1) @ v
+
+
+@was_wrong(KEEP)
+def scores_times_the_lowest_number(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    lowest = (1.0 - keep[:, None, None].double()) * (torch.finfo(torch.float64).min / 2)
+    return ((q @ k.mT) / 4 * lowest).softmax(-1) @ v
+
+
+@was_wrong(training=False)
+def matrix_of_decays_after_a_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = torch.arange(S)
+    decay = 0.97 ** (at[:, None] - at[None, :]) * torch.ones(S, S, dtype=torch.bool).tril()
+    decay[decay == 0] = 0.0
+    return (k @ q.mT * decay.softmax(-1)) @ v
+
+
+@was_wrong(kernels=("streaming",))
+def output_written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = (q @ k.mT * 0.25).softmax(-1) @ v
+    out[..., 0].neg_()
+    return out
+
+
+@was_wrong(torch.rand(H, 1, 1, dtype=torch.float64), KEEP & (torch.arange(B) > 0)[:, None])
+def number_in_single_precision_inside_a_learned_scale(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, keep: Tensor
+) -> Tensor:
+    return ((q @ k.mT * 0.25 + torch.where(keep[:, None, None], 0.0, -1e8)) * scale).softmax(-1) @ v
+
+
+@was_wrong(torch.randn(H, S, S, dtype=torch.float64), kernels=("streaming",))
+def bias_written_to_afterwards(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    own = bias * 1
+    out = (q @ k.mT + own).softmax(-1) @ v
+    own[:, 0] = 0.0
+    return out, own
+
+
+@was_wrong(KEEP)
+def scores_times_a_mask_of_numbers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    kept = keep[:, None, None].to(q.dtype)
+    return (q @ k.mT * kept + (1 - kept) * -1e4).softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.attend.__name__)
+def test_it_is_left_alone_or_computed_right(case: Case) -> None:
+    found = judged(case.attend, heads(*case.more), Setting(training=case.training, kernels=case.kernels))
+    assert found.wrong == "", found.verdicts
