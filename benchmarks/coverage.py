@@ -183,12 +183,9 @@ def measured(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         journal.add(row)
         print(coverage_report.line(row), flush=True)
     journal.path.unlink(missing_ok=True)
-    work = sum(row.get("seconds", {}).get("row", 0.0) for row in journal.rows)
-    return {
-        "seconds": round(work / given.jobs),
-        "left_out": coverage_extra.left_out(),
-        "rows": _joined(_earlier(path) if given.merge else [], journal.rows),
-    }
+    rows = _joined(_earlier(path) if given.merge else [], journal.rows)
+    work = sum(row.get("seconds", {}).get("row", 0.0) for row in rows)
+    return {"seconds": round(work / given.jobs), "left_out": coverage_extra.left_out(), "rows": rows}
 
 
 def _earlier(path: Path) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ def page(payload: Mapping[str, Any]) -> str:
         "Crashes": _grouped(rows, "crashes"),
         "Graphs left untouched": _grouped(rows, "untouched"),
         "Rounding alone": _grouped([r for r in rows if _rounded(r)], "notes"),
+        "Training, not proven in fp64": _grouped([r for r in rows if _unproven(r)], "notes"),
         "Causal masks left opaque": _opaque(rows),
         "Models with more sites rewritten than counted": _more(rows),
         "Sites left alone, by reason": reasons(rows, attention=True),
@@ -121,6 +122,7 @@ _WHY: Mapping[str, str] = {
     "Crashes": "An exception inside attnopt, or in the compiled model where Dynamo alone succeeds.",
     "Graphs left untouched": "By decision, with the reason; their sites count as not rewritten.",
     "Rounding alone": "Further from fp64 than one run of eager; the rewritten program is proven equal in fp64.",
+    "Training, not proven in fp64": "Compared in their own dtype only, and right there; why there is no proof.",
     "Causal masks left opaque": "Rewritten softmaxes without weight above the diagonal whose mask was read as a "
     "tensor; and those proven causal that have a tensor beside it.",
 }
@@ -128,6 +130,10 @@ _WHY: Mapping[str, str] = {
 
 def _rounded(row: Mapping[str, Any]) -> bool:
     return any(note.startswith("rounding alone") for note in row.get("notes", []))
+
+
+def _unproven(row: Mapping[str, Any]) -> bool:
+    return Mode.parse(row["mode"]).training and not row.get("proven")
 
 
 def _grouped(rows: Rows, what: str) -> Iterator[str]:

@@ -303,6 +303,9 @@ def main() -> int:
     parser.add_argument("--interpreted", action="store_true", help="small, on the CPU")
     parser.add_argument("--only", nargs="+", choices=sorted(GROUPS), default=list(GROUPS))
     arguments = parser.parse_args()
+    if not (arguments.interpreted or torch.cuda.is_available()):
+        print("left out: no CUDA device is here")
+        return 0
     torch.manual_seed(0)
     sizes = SMALL if arguments.interpreted else LARGE
     groups = [list(GROUPS[name](sizes)) for name in arguments.only]

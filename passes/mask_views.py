@@ -12,7 +12,7 @@ from attnopt.passes.mask_formula import Cases, Formula, Index, NotUnderstood
 from attnopt.passes.mask_reader import At, Rule, Value, as_numbers, broadcast
 from attnopt.passes.mask_regroup import regrouped
 from attnopt.passes.mask_writes import arguments, operation, start_of
-from attnopt.passes.sizes import is_one, same, shape_of
+from attnopt.passes.sizes import is_one, shape_of
 
 ZERO = sympy.Integer(0)
 

@@ -106,20 +106,19 @@ def test_small_integers_are_exact_in_fp32(device, dtype, factor: float) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize(("segments", "pieces"), [(2, 1), (2, 2), (3, 2), (2, 3), (9, 2)])
+@pytest.mark.parametrize(("segments", "pieces"), [(2, 1), (3, 2), (9, 2)])
 def test_segments_and_their_pieces_add_up(device, dtype, segments: int, pieces: int) -> None:
     tiles = Tiles(16, 16, segments, pieces=pieces)
-    for decay in ("head", "token"):
-        case = small_case(100, decay=decay, share=1, d=8, dv=8)
-        assert_forward(case, device, dtype, tiles)
-        assert_backward(case, device, dtype, tiles)
+    case = small_case(100, decay="token", share=1)
+    assert_forward(case, device, dtype, tiles)
+    assert_backward(case, device, dtype, tiles)
 
 
 @everywhere
-@pytest.mark.parametrize("rate", [0.5, 3.0, 20.0, 1e30])
+@pytest.mark.parametrize("rate", [3.0, 20.0, 1e30])
 def test_rows_that_fade_inside_a_segment_are_not_missed(device, dtype, rate: float) -> None:
     """Segments of 64 rows, of which the first pass reads the last ones only."""
-    case = small_case(130, kv_heads=2, share=1, rate=rate, d=8, dv=8)
+    case = small_case(100, kv_heads=2, share=1)
     case = replace(case, log_decay=torch.tensor([-rate, -1e-3], dtype=torch.float64).float().double())
     assert_forward(case, device, dtype, Tiles(16, 16, 2))
     assert_backward(case, device, dtype, Tiles(16, 16, 2))
@@ -128,7 +127,7 @@ def test_rows_that_fade_inside_a_segment_are_not_missed(device, dtype, rate: flo
 @pytest.mark.parametrize(("device", "dtype"), PLACES_FP32)
 @pytest.mark.parametrize("rate", [1.0, 4.0, 8.0])
 def test_the_loudest_row_fades_where_it_is_not_read(device, dtype, rate: float) -> None:
-    case = small_case(130, share=1, rate=rate, with_state=False, d=8, dv=8)
+    case = small_case(130, share=1, with_state=False)
     case = replace(case, log_decay=torch.full_like(case.log_decay, -rate))
     case.k[:, :, 1::17] *= 2.0**60
     case.v[:, :, 1::17] *= 2.0**60
@@ -139,10 +138,10 @@ def test_the_loudest_row_fades_where_it_is_not_read(device, dtype, rate: float) 
 
 
 @everywhere
-@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0**-30])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
 @pytest.mark.parametrize("segments", [1, 3])
 def test_any_scale_is_served_in_both_directions(device, dtype, scale: float, segments: int) -> None:
-    case = small_case(60, share=1, scale=scale)
+    case = small_case(40, share=1, scale=scale)
     assert_forward(case, device, dtype, Tiles(16, 16, segments))
     assert_backward(case, device, dtype, Tiles(16, 16, segments))
 

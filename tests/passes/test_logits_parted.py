@@ -7,7 +7,6 @@ import torch
 from compiling import check_like_eager
 from torch import Tensor
 
-
 Q, K, V = (torch.randn(2, 4, 7, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
 BIAS = torch.randn(2, 2, 7, 7, generator=torch.Generator().manual_seed(3))
 Fill = Callable[[Tensor], Tensor]
