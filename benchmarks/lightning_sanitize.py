@@ -4,10 +4,12 @@
     python benchmarks/lightning_sanitize.py          # first without: compiles, so that the tools only run
     python benchmarks/lightning_sanitize.py --tiny
     compute-sanitizer --tool memcheck  --error-exitcode 1 python benchmarks/lightning_sanitize.py
-    compute-sanitizer --tool initcheck --error-exitcode 1 python benchmarks/lightning_sanitize.py
+    compute-sanitizer --tool initcheck --error-exitcode 1 python benchmarks/lightning_sanitize.py --pointers
     compute-sanitizer --tool synccheck --error-exitcode 1 python benchmarks/lightning_sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 --racecheck-report all \
         python benchmarks/lightning_sanitize.py --tiny
+
+initcheck takes what a tensor descriptor has written for memory that nobody has, hence --pointers there.
 
 Exit code 1 of a tool, or a missing "done", is a finding. Operands are made on the host and copied, results are read
 back to it, so that nothing but the launches and what torch does around them runs on the device. --tiny: the shortest
@@ -17,7 +19,7 @@ there: --dtypes fp16 fp32), to check the script.
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +110,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="for racecheck")
+    parser.add_argument("--pointers", action="store_true", help="no descriptors: for initcheck")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=list(DTYPES))
     parser.add_argument(
         "--interpreted", action="store_true", help="on the CPU; start with TRITON_INTERPRET=1"
@@ -120,7 +123,7 @@ def main() -> int:
     device = "cpu" if arguments.interpreted else "cuda"
     for dtype in (DTYPES[name] for name in arguments.dtypes):
         for launch in launches(dtype, tiny=arguments.tiny):
-            run(launch, device)
+            run(replace(launch, shift=1) if arguments.pointers else launch, device)
         run_step(dtype, device)
     print("done")
     return 0

@@ -12,6 +12,7 @@ import torch
 from attnopt.passes.layout import Axes
 from attnopt.passes.linear_coefficient import Coefficient, Const, Log, Negative, Read, Source, Times
 from attnopt.passes.linear_places import Places
+from attnopt.passes.linear_sign import may_be_a_base
 from attnopt.passes.mask_decay import DecayReading
 from attnopt.passes.site import Filled, Operand, Roles
 from attnopt.rule import Reject
@@ -44,6 +45,12 @@ def log_decay_operand(reading: DecayReading, roles: Roles) -> Operand | Filled:
         raise Reject("the decay is a product of logarithms", first.node)
     if reading.cumulative and is_log:
         raise Reject("the running sum of log decays is a logarithm", first.node)
+    if is_log and not may_be_a_base(first.node):
+        raise Reject(
+            "the decay is a power, or a running product, of a tensor that may be negative; make it by sigmoid or exp, "
+            "or give its logarithm",
+            first.node,
+        )
     times = tuple(Operand(leaf.node, _dims(leaf, roles)) for leaf, _ in rest)
     dtype = torch.promote_types(first.node.meta["val"].dtype, torch.float32)
     return Operand(

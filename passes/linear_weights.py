@@ -228,7 +228,7 @@ def _split(leaf: Number) -> tuple[float, Number]:
             return _scaled(left, right)
         case Call("mul", (left, right)) if is_constant(right):
             return _scaled(right, left)
-        case Call("div", (left, right)) if is_constant(right):
+        case Call("div", (left, right)) if is_constant(right) and right != ZERO:
             return _scaled(1 / float(right), left)
     return 1.0, leaf
 

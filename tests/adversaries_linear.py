@@ -66,7 +66,7 @@ def decay_narrowed_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * decay) @ v
 
 
-@adversary(square=True)
+@adversary(differentiable=0, square=True)  # autograd forbids it
 def decay_changed_between_two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     decay = decay_of(q, 0.9)
     first = (q @ k.mT * decay) @ v
@@ -125,10 +125,10 @@ def token_by_token_with_a_reset(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(out, 2)
 
 
-@adversary(square=True)
+@adversary(differentiable=0, square=True)
 def autocast_around_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return retention(q, k, v).float().to(q.dtype)
+        return retention(q, k, v)
 
 
 @adversary(square=True)

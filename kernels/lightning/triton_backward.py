@@ -40,7 +40,7 @@ def backward(
 ) -> Gradients:
     """Gradients of `triton_forward.forward`; shapes and results as in `chunked.backward`. `tiles` overrides."""
     bind_context(q)
-    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], q.dtype)
+    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
     decay = prepare_decay(log_decay, chunk, starts)
     prepare = partial(prepare_sweep, decay=decay, scale=scale, tiles=tiles, starts=starts)
     state_t, d_state_t = (None if s is None else s.mT for s in (initial_state, d_state))

@@ -20,6 +20,7 @@ from attnopt.kernels.lightning.blocks import LEAST_LOG_DECAY, LOG2E, log2_decay
 
 _LEAST = tl.constexpr(LEAST_LOG_DECAY)
 _LOG2E = tl.constexpr(LOG2E)
+_LN2 = tl.constexpr(1 / LOG2E)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,14 @@ def head_decay(high_ptr, stride, h, PER_TOKEN: tl.constexpr):
         g = tl.load(high_ptr + h * stride).to(tl.float32)
         g = tl.maximum(g, _LEAST, propagate_nan=tl.PropagateNan.ALL) * _LOG2E
     return g
+
+
+@triton.jit
+def rest_of_factor(total, factor):
+    """2^total - factor, what rounding took from a factor near 1; 0 further away, where it fades before it adds up."""
+    x = total * _LN2
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120))))
+    return tl.where(tl.abs(x) < 0.05, series - (factor - 1), 0.0)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def forward(
     op's `cu_seqlens`. `tiles` overrides the choice by shape.
     """
     bind_context(q)
-    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], q.dtype)
+    chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
     decay = prepare_decay(log_decay, chunk, starts)
     sweep = prepare_sweep(q, k, v, decay=decay, scale=scale, reverse=False, tiles=tiles, starts=starts)
     swept = run_sweep(sweep, entering_states(sweep, initial_state), q.dtype)

@@ -36,12 +36,12 @@ def _step_kernel(
     v = tl.load(v_at, mask=dv < DV, other=0.0).to(tl.float32)
     state_at = state_ptr + offset(b, state_sb) + offset(h, state_sh)
     state_at = state_at + offset(d, state_sk)[:, None] + offset(dv, state_sv)[None, :]
-    state = tl.load(state_at, mask=inside, other=0.0)
+    state = tl.load(state_at, mask=inside, other=0.0, eviction_policy="evict_first")
     if decay_ptr is not None:
         g = tl.load(decay_ptr + offset(b, decay_sb) + offset(h, decay_sh)).to(tl.float32)
         state = state * tl.exp2(tl.maximum(g, _LEAST, propagate_nan=tl.PropagateNan.ALL) * _LOG2E)
     state += k[:, None] * v[None, :]
-    tl.store(state_at, state, mask=inside)
+    tl.store(state_at, state, mask=inside, eviction_policy="evict_first")
     out = tl.sum(q[:, None] * state, axis=0)
     tl.store(out_ptr + offset(bh, DV) + dv, out.to(out_ptr.dtype.element_ty), mask=dv < DV)
 

@@ -21,6 +21,7 @@ from attnopt.kernels.lightning.triton_decay import (
     forward_terms,
     head_decay,
     pair_weights,
+    rest_of_factor,
     reverse_terms,
     running_decay,
 )
@@ -28,6 +29,34 @@ from attnopt.kernels.lightning.triton_rows import address, load_rows, sequence_o
 
 #: Binary orders of magnitude between the largest sum that a state may hold and the least fp32 number.
 _FADED = tl.constexpr(277.0)
+
+
+@triton.jit
+def _next_state(state, total, z, faded, PRECISION: tl.constexpr):
+    """2^total x state + z^T faded."""
+    factor = tl.exp2(total)
+    if z.dtype == tl.float32:
+        # One rounding of the sum a chunk, and a factor near 1 with all its digits: errors add up over long sequences.
+        added = tl.dot(tl.trans(z), faded, input_precision=PRECISION)
+        state = state * factor + (state * rest_of_factor(total, factor) + added)
+    else:
+        state = tl.dot(tl.trans(z), faded, state * factor, input_precision=PRECISION)
+    return state
+
+
+@triton.jit
+def _leave_state(
+    leave_ptr, leave_sh, leave_sw, logs_ptr, bh, part, segment, first_segment, segments, state, decayed, dx, dz,
+    in_state, DZ: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr,
+):  # fmt: skip
+    """After the second pass, of the last segment; after the first, where the next segment looks for what enters it."""
+    at = leave_ptr + offset(bh, leave_sh) + offset(dx, DZ)[None, :] + dz[:, None]
+    if OUTPUT:
+        tl.store(at, state, mask=in_state & (segment == (0 if REVERSE else segments - 1)))
+    else:
+        after = segment - first_segment if REVERSE else segment + 1
+        tl.store(at + offset(after, leave_sw), state, mask=in_state)
+        tl.store(logs_ptr + bh * segments + after, decayed, mask=part == 0)
 
 
 @triton.jit
@@ -145,19 +174,15 @@ def sweep_kernel(
                 tl.trans(out.to(OUT_DTYPE)), CHUNK, BLOCK_Z, BULK,
             )  # fmt: skip
 
-        state = tl.dot(tl.trans(z), faded, state * tl.exp2(total), input_precision=PRECISION)
+        state = _next_state(state, total, z, faded, PRECISION)
         decayed += total
 
     if REVERSE:
         state = state * unit
-    at_leave = leave_ptr + offset(bh, leave_sh) + offset(dx, DZ)[None, :] + dz[:, None]
-    if OUTPUT:
-        tl.store(at_leave, state, mask=in_state & (segment == (0 if REVERSE else segments - 1)))
-    else:
-        # Each segment's sum goes where the segment after it will look for what enters it.
-        after = segment - first_segment if REVERSE else segment + 1
-        tl.store(at_leave + offset(after, leave_sw), state, mask=in_state)
-        tl.store(logs_ptr + bh * segments + after, decayed, mask=part == 0)
+    _leave_state(
+        leave_ptr, leave_sh, leave_sw, logs_ptr, bh, part, segment, first_segment, segments, state, decayed, dx, dz,
+        in_state, DZ, REVERSE, OUTPUT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -180,5 +205,8 @@ def carry_kernel(states_ptr, logs_ptr, segments, size, blocks, REVERSE: tl.const
     for _ in range(1, segments):
         here += stride
         log += one
-        state = state * tl.exp2(tl.load(log)) + tl.load(here, mask=inside, other=0.0)
+        total = tl.load(log)
+        factor = tl.exp2(total)
+        rest = state * rest_of_factor(total, factor)
+        state = state * factor + (rest + tl.load(here, mask=inside, other=0.0))
         tl.store(here, state, mask=inside)

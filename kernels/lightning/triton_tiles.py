@@ -45,11 +45,11 @@ class Tiles:
     pieces: int = 1
 
 
-def chunk_rows(length: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk for sequences of `length`."""
+def chunk_rows(length: int, width: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk for sequences of `length`, the wider of D and Dv being `width`."""
     if dtype == torch.float32:
         return 16
-    return min(64, next_power_of_two(length))
+    return min(64 if width <= 128 else 32, next_power_of_two(length))
 
 
 @cache
@@ -91,8 +91,8 @@ def _programs(dx: int, dz: int, dtype: torch.dtype, chunk: int) -> list[Tiles]:
     most = next_power_of_two(dz)
     if dtype == torch.float32:
         return [Tiles(chunk, min(most, 32 if dx <= 128 else 16), 1, warps=4 if dx <= 128 else 8)]
-    if dx > 128:
-        return [Tiles(chunk, min(most, 64), 1, warps=8, stages=2 if dtype == torch.bfloat16 else 1)]
+    if dtype == torch.float16 and dx > 128:
+        return [Tiles(chunk, min(most, 64), 1, warps=8, stages=2)]
     narrow = Tiles(chunk, min(most, 64), 1, warps=4, stages=3)
     if dtype == torch.float16 or most <= 64:
         return [narrow]
@@ -100,11 +100,13 @@ def _programs(dx: int, dz: int, dtype: torch.dtype, chunk: int) -> list[Tiles]:
 
 
 def _relative_time(tiles: Tiles, heads: int, dz: int, processors: int) -> float:
-    """Traffic over how well the last round of programs fills the device; segments cost a second reading of y and z."""
-    programs = heads * triton.cdiv(dz, tiles.columns) * tiles.segments
+    """Work over how well the last round of programs fills the device; segments cost a second reading of y and z."""
+    slices = triton.cdiv(dz, tiles.columns)
+    programs = heads * slices * tiles.segments
     rounds = triton.cdiv(programs, processors)
     traffic = 1.0 if tiles.segments == 1 else 1.5 - 0.5 / tiles.segments + tiles.segments / 256
-    return traffic * rounds * processors / programs
+    padded = slices * tiles.columns / dz
+    return traffic * padded * rounds * processors / programs
 
 
 def processors_of(tensor: Tensor) -> int:

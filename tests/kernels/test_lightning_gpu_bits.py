@@ -23,7 +23,7 @@ LENGTHS = {64: 777, 32: 31, 16: 13}
 
 def shipped(dtype: torch.dtype, dx: int, dz: int, chunk: int) -> list[Tiles]:
     """What `choose_tiles` chooses among, in one pass and in segments (of one sequence of 777 rows)."""
-    segments = (1, 3) if chunk == chunk_rows(777, dtype) else (1,)
+    segments = (1, 3) if chunk == chunk_rows(777, max(dx, dz), dtype) else (1,)
     return [
         replace(tiles, segments=n, pieces=PIECES)
         for tiles in _programs(dx, dz, dtype, chunk)
@@ -62,7 +62,7 @@ def test_every_shipped_configuration_gives_the_same_bits_each_time(dtype, width:
     """Square widths: forward and all gradients; at one width also the short chunks of short sequences."""
     found = []
     for length in LENGTHS.values() if width == 64 else [LENGTHS[64]]:
-        chunk, case = chunk_rows(length, dtype), case_of(dtype, length, width, width, decay)
+        chunk, case = chunk_rows(length, width, dtype), case_of(dtype, length, width, width, decay)
         for tiles in shipped(dtype, width, width, chunk):
             found += differing(case, tiles, both=True)
     assert found == []
@@ -71,8 +71,9 @@ def test_every_shipped_configuration_gives_the_same_bits_each_time(dtype, width:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", WIDTHS)
 def test_unequal_widths_give_the_same_bits_each_time(dtype, d: int) -> None:
-    chunk, found = chunk_rows(777, dtype), []
+    found = []
     for dv in (16, 64, 256):
+        chunk = chunk_rows(777, max(d, dv), dtype)
         case = case_of(dtype, 777, d, dv)
         for tiles in shipped(dtype, d, dv, chunk):
             found += differing(case, tiles, both=False)

@@ -254,7 +254,7 @@ def test_state_of_any_layout_is_updated_in_place(device, dtype, layout: str) -> 
 def test_tiles_are_legal_for_every_shape(
     heads: int, length: int, dx: int, dz: int, dtype: torch.dtype
 ) -> None:
-    chunk = chunk_rows(length, dtype)
+    chunk = chunk_rows(length, max(dx, dz), dtype)
     tiles = choose_tiles(heads, length, dx, dz, dtype, chunk, 132)
     assert tiles.chunk == chunk
     assert tiles.chunk in {16, 32, 64}
@@ -284,6 +284,6 @@ def test_the_choice_is_among_the_shipped_programs(
     heads: int, length: int, width: int, dtype: torch.dtype
 ) -> None:
     """Those that test_lightning_gpu_bits.py runs a hundred times."""
-    chunk = chunk_rows(length, dtype)
+    chunk = chunk_rows(length, width, dtype)
     chosen = choose_tiles(heads, length, width, width, dtype, chunk, 132)
     assert replace(chosen, segments=1, pieces=1) in _programs(width, width, dtype, chunk)

@@ -95,6 +95,36 @@ def scores_times_a_mask_of_numbers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor
     return (q @ k.mT * kept + (1 - kept) * -1e4).softmax(-1) @ v
 
 
+@was_wrong(torch.randn(B, H, S, dtype=torch.float64))
+def running_products_of_gates_of_any_sign(q: Tensor, k: Tensor, v: Tensor, raw: Tensor) -> Tensor:
+    run = raw.tanh().cumprod(-1)
+    return (q @ k.mT * (run[..., :, None] / run[..., None, :]).tril()) @ v
+
+
+@was_wrong(torch.randn(B, H, S, dtype=torch.float64))
+def running_products_of_an_input(q: Tensor, k: Tensor, v: Tensor, raw: Tensor) -> Tensor:
+    run = raw.cumprod(-1)
+    return (q @ k.mT * (run[..., :, None] / run[..., None, :]).tril()) @ v
+
+
+@was_wrong(torch.rand(H, dtype=torch.float64), training=False)
+def sums_divided_by_a_triangle(q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> Tensor:
+    at = torch.arange(S)
+    decay = (-rate[:, None, None] * (at[:, None] - at[None])).exp().tril()
+    return (q @ k.mT * ((decay.sum(-1, keepdim=True) + decay.sum(-2, keepdim=True)) / decay)) @ v
+
+
+def token_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    state, out = torch.zeros(B, H, D, D, dtype=q.dtype), []
+    for n in range(S):
+        state = gate[:, :, n, None, None] * state + k[:, :, n, :, None] * v[:, :, n, None, :]
+        out.append((q[:, :, n, None, :] @ state)[:, :, 0])
+    return torch.stack(out, 2)
+
+
+CASES.append(Case(token_loop, (torch.randn(B, H, S, dtype=torch.float64),)))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.attend.__name__)
 def test_it_is_left_alone_or_computed_right(case: Case) -> None:
