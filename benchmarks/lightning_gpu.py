@@ -156,22 +156,21 @@ def time_or_error(contender: Contender, *, with_backward: bool) -> dict[str, obj
         return {"error": str(error).splitlines()[0]}
 
 
-def time_all(shapes: tuple[tuple[int, int, int], ...], rate: float) -> list[dict[str, object]]:
-    """One row a shape, direction and contender; a peer that fails is recorded with its error."""
+def time_shape(batch: int, length: int, heads: int, rate: float) -> list[dict[str, object]]:
+    """One row a direction and contender; a peer that fails is recorded with its error."""
     rows = []
-    for batch, length, heads in shapes:
-        for name, contender in contenders(batch, length, heads).items():
-            for with_backward in (False, True):
-                row = {"shape": f"B{batch} N{length} H{heads} D128", "name": name, "backward": with_backward}
-                row |= time_or_error(contender, with_backward=with_backward)
-                if "ms" in row:
-                    floor = PASSES[with_backward] * contender.given[0].nbytes / rate * 1e3
-                    row["share_of_copy"] = floor / row["ms"]
-                rows.append(row)
-                print(row, flush=True)
-            if name == "attnopt":
-                rows[-1]["error_first_rows"] = error_of(contender)
-        torch.cuda.empty_cache()
+    for name, contender in contenders(batch, length, heads).items():
+        for with_backward in (False, True):
+            row = {"shape": f"B{batch} N{length} H{heads} D128", "name": name, "backward": with_backward}
+            row |= time_or_error(contender, with_backward=with_backward)
+            if "ms" in row:
+                floor = PASSES[with_backward] * contender.given[0].nbytes / rate * 1e3
+                row["share_of_copy"] = floor / row["ms"]
+            rows.append(row)
+            print(row, flush=True)
+        if name == "attnopt":
+            rows[-1]["error_first_rows"] = error_of(contender)
+    torch.cuda.empty_cache()
     return rows
 
 
@@ -265,9 +264,12 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, copy {rate / 1e12:.2f} TB/s", flush=True)
     steps = time_steps(rate)
     lengths = time_lengths(LENGTHS[::2] if arguments.quick else LENGTHS)
-    timings = time_all(SHAPES[1:4:2] if arguments.quick else SHAPES, rate)
-    payload = {"copy_bytes_per_second": rate, "timings": timings, "lengths": lengths, "steps": steps}
-    print(write("lightning_gpu", payload, arguments.out))
+    payload = {"copy_bytes_per_second": rate, "timings": [], "lengths": lengths, "steps": steps}
+    for shape in SHAPES[1:4:2] if arguments.quick else SHAPES:
+        payload["timings"] += time_shape(*shape, rate)
+        path = write("lightning_gpu", payload, arguments.out)
+    timings = payload["timings"]
+    print(path)
     show(timings)
     show_lengths(lengths)
     for row in steps:
