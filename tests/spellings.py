@@ -577,7 +577,7 @@ def boolean_added_is_a_bias(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Te
     return torch.softmax(q @ k.mT * 0.25 + mask, -1) @ v  # 1 where True: not a mask
 
 
-@spelling(lambda: (*by_position(), draw(B, SQ, H, D), draw(B, SK, D)), scale=0.25, biases=1, differentiable=5)
+@spelling(lambda: (*by_position(), draw(B, SQ, H, D), draw(B, SK, D)), scale=0.25, differentiable=5)
 def two_products_summed(q: Tensor, k: Tensor, v: Tensor, q_rope: Tensor, k_rope: Tensor) -> Tensor:
     scores = (torch.einsum("bshd,bthd->bsht", q, k) + torch.einsum("bshr,btr->bsht", q_rope, k_rope)) * 0.25
     return torch.einsum("bsht,bthd->bshd", scores.softmax(-1), v)  # DeepSeek-V3's two parts of a score

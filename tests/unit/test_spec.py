@@ -8,6 +8,7 @@ import torch
 from attnopt.mask import Causal, KeyPadding, Window
 from attnopt.spec import (
     NEUTRAL,
+    Alibi,
     AttentionSpec,
     Decay,
     EmptyRow,
@@ -26,6 +27,7 @@ CHANGES = {
     "empty_row": (EmptyRow.UNIFORM, "empty=uniform"),
     "bias": (("bias", "bias1"), "bias x2"),
     "softcap": (30.0, "softcap=30"),
+    "alibi": (Alibi(), "alibi"),
     "sink_logits": (True, "sink logits"),
     "sink_per_query": (True, "per query"),
     "decay": (Decay.PER_TOKEN, "decay per token"),
