@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnopt
+from attnopt.backend import attnopt as compiler
 from attnopt.report import Report
 
 NAME = "linear_model_gpu"
@@ -134,7 +135,9 @@ def trainer(form: str, plan: Plan) -> Trainer:
     torch.manual_seed(0)
     model = Decoder(LAYERS[form], plan.sizes, plan.place)
     options = {"inner": plan.inner, "strict": True} if form == "attnopt" else None
-    backend = "attnopt" if form == "attnopt" else plan.inner
+    backend = (
+        compiler if form == "attnopt" else plan.inner
+    )  # by value: a checkout on the path registers no name
     return Trainer(
         model,
         torch.compile(call_layer, backend=backend, options=options, dynamic=False),
