@@ -2,6 +2,14 @@
 
 from attnopt.kernels.lightning.op import lightning_attention, lightning_step
 from attnopt.kernels.sparq.op import sparq_attention
+from attnopt.kernels.sparq.op_step import sparq_append, sparq_step
 from attnopt.kernels.streaming.op import streaming_attention
 
-__all__ = ["lightning_attention", "lightning_step", "sparq_attention", "streaming_attention"]
+__all__ = [
+    "lightning_attention",
+    "lightning_step",
+    "sparq_append",
+    "sparq_attention",
+    "sparq_step",
+    "streaming_attention",
+]

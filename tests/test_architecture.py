@@ -18,7 +18,7 @@ LAYERS = (
     ("attnopt.registry", "attnopt.report*"),
     ("attnopt.kernels._*",),
     ("attnopt.kernels.*", "attnopt.passes.*"),
-    ("attnopt.ops", "attnopt.caches*"),
+    ("attnopt.ops", "attnopt.caches*", "attnopt.sparq_cache"),
     ("attnopt.policy", "attnopt.verify", "attnopt.locate", "attnopt.reading", "attnopt.wording"),
     ("attnopt.pipeline",),
     ("attnopt.approximation", "attnopt.watch", "attnopt.premises", "attnopt.guards"),

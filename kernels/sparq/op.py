@@ -26,6 +26,8 @@ def sparq_attention(
     scale: float | None = None,
     key_padding: Tensor | None = None,
     mean_value: bool | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """One decoding step of SparQ attention (Ribar et al., arXiv 2312.04985, algorithm 1): an approximation.
 
@@ -45,6 +47,8 @@ def sparq_attention(
     key_padding: (B, Sk) bool, True = keep. What padded keys and values hold never reaches the output.
     mean_value: whether the mean value takes the weight of the positions left out; None: only when H == Hkv,
         as the authors do.
+    starts, lengths: (B,) int32 or int64: the buffers of a cache count from starts (None: 0) to lengths - 1 (None: Sk).
+        Together with key_padding, a position counts when both say so.
 
     Returns (B, H, 1, Dv) in q's dtype, contiguous. Rows with no key (all padded, or Sk = 0) are zero. Sums are held in
     fp32. Among equal channels or positions the lower index is chosen, so the result is deterministic.
@@ -55,7 +59,9 @@ def sparq_attention(
     check_operands(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     mean_value = q.shape[1] == k.shape[1] if mean_value is None else mean_value
-    out: Tensor = _sparq(q, k, v, k_t, v_mean, key_padding, rank, topk, local, scale, mean_value)
+    out: Tensor = _sparq(
+        q, k, v, k_t, v_mean, key_padding, rank, topk, local, scale, mean_value, starts, lengths
+    )
     return out
 
 
@@ -72,14 +78,18 @@ def _sparq(
     local: int,
     scale: float,
     mean_value: bool,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    request = Request(q, k, v, k_t, v_mean, key_padding, rank, topk, local, scale, mean_value)
+    request = Request(
+        q, k, v, k_t, v_mean, key_padding, rank, topk, local, scale, mean_value, starts, lengths
+    )
     check(request)
     if request.is_empty:
-        return _output(request).zero_()
+        return request.output().zero_()
     with torch.autocast(q.device.type, enabled=False):  # it would reach inside and round the fp32 sums
-        if not _has_kernel(request):
-            return steps.decode(request)
+        if not has_kernel(request):
+            return steps.decode(request.masked())
         from attnopt.kernels.sparq import triton_decode
 
         return triton_decode.decode(request)
@@ -98,17 +108,18 @@ def _(
     local: int,
     scale: float,
     mean_value: bool,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    request = Request(q, k, v, k_t, v_mean, key_padding, rank, topk, local, scale, mean_value)
+    request = Request(
+        q, k, v, k_t, v_mean, key_padding, rank, topk, local, scale, mean_value, starts, lengths
+    )
     check(request)
-    return _output(request)
+    return request.output()
 
 
-def _output(request: Request) -> Tensor:
-    return request.q.new_empty(*request.q.shape[:3], request.v.shape[3])
-
-
-def _has_kernel(request: Request) -> bool:
+def has_kernel(request: Request) -> bool:
+    """Whether the request goes to the Triton kernels."""
     if not request.q.is_cuda or find_spec("triton") is None:
         return False
     return request.q.dtype != torch.float64 and max(request.q.shape[3], request.v.shape[3]) <= WIDEST

@@ -1,6 +1,6 @@
 """One call of SparQ attention: its operands, its choices, and what must hold between them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Request:
     q (B, H, 1, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), k_t (B, Hkv, D, Sk): one floating dtype.
     v_mean (B, Hkv, Dv): floating. kept (B, Sk): bool, True where the position counts.
     rank, topk, local: channels, positions in all, and last positions that are always among them.
+    starts, lengths (B,): int32 or int64, on the device; positions from starts to lengths + grown - 1 count.
     """
 
     q: Tensor
@@ -30,6 +31,27 @@ class Request:
     local: int
     scale: float
     mean_value: bool
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+    grown: int = 0
+
+    @property
+    def has_range(self) -> bool:
+        """Whether a part of the buffers counts, told by its ends."""
+        return self.starts is not None or self.lengths is not None
+
+    def masked(self) -> "Request":
+        """The same request with the range of positions that count as a part of the mask `kept`."""
+        if not self.has_range:
+            return self
+        position = torch.arange(self.k.shape[2], device=self.k.device)
+        inside = position.new_ones(self.k.shape[0], len(position), dtype=torch.bool)
+        if self.starts is not None:
+            inside = inside & (position >= self.starts[:, None])
+        if self.lengths is not None:
+            inside = inside & (position < self.lengths[:, None] + self.grown)
+        kept = inside if self.kept is None else inside & self.kept
+        return replace(self, kept=kept, starts=None, lengths=None, grown=0)
 
     @property
     def group(self) -> int:
@@ -50,6 +72,10 @@ class Request:
     def is_empty(self) -> bool:
         """Whether the output has no elements, or there is no key to attend to (the answer is then zero)."""
         return 0 in (*self.q.shape[:2], self.k.shape[2], self.v.shape[3])
+
+    def output(self) -> Tensor:
+        """An unwritten (B, H, 1, Dv) in q's dtype."""
+        return self.q.new_empty(*self.q.shape[:3], self.v.shape[3])
 
     @property
     def keys_by_channel(self) -> Tensor:
@@ -114,6 +140,17 @@ def _check_optional(request: Request) -> None:
                 f"key_padding is {request.kept.dtype}; wanted torch.bool, True where the key is kept"
             )
         _check_placed(request.q, request.kept, "key_padding", (batch, sk))
+    check_range(request.q, request.starts, request.lengths)
+
+
+def check_range(q: Tensor, starts: Tensor | None, lengths: Tensor | None) -> None:
+    """Raises ShapeError unless the ends of the positions that count are one integer for each batch row."""
+    for name, x in (("starts", starts), ("lengths", lengths)):
+        if x is None:
+            continue
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ShapeError(f"{name} is {x.dtype}; wanted torch.int32 or torch.int64")
+        _check_placed(q, x, name, (q.shape[0],))
 
 
 def _check_like(q: Tensor, x: Tensor, name: str, shape: tuple[int, ...]) -> None:

@@ -4,44 +4,69 @@ from dataclasses import dataclass
 
 from attnopt.kernels.sparq.request import Request
 
-#: Programs that keep a large GPU busy; the sequence is split until there are about this many.
-PROGRAMS = 512
+#: Programs that keep a large GPU busy, where heads share keys and where not; so many splits there are, about.
+PROGRAMS, ROW_PROGRAMS = 512, 1024
 #: The most parts whose maxima and sums one program reduces at once.
 MOST_PARTS = 128
-#: The most scores that one program of the keys kernel holds: heads of a group times positions.
+#: The most scores that one program of the weights kernel holds: heads of a group times positions.
 MOST_SCORES = 8192
+#: The most weights that one program can choose from; above it torch chooses.
+MOST_CANDIDATES = 32768
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """Tile sizes are powers of two from 16, the lengths of splits multiples of the tiles in them.
 
-    block, split: positions in a tile, and in a program, of the logits kernel. key_block: positions in a program of the
-    keys kernel. chosen_block, chosen_split: chosen positions in a tile, and in a program, of the attention kernel.
+    block, split: positions in a tile, and in a program, of the logits kernel of several heads. row_block: positions in
+    a tile of that of one head, which prefetches row_stages - 1 steps. dot_heads: the fewest heads in a group whose
+    logits go to the tensor cores; one head alone can do without (2), or not (1).
+    weight_block: positions in a program of the weights kernel. run: neighbours of which the largest weight is kept.
+    chosen_block, chosen_split: chosen positions in a tile, and in a program, of the attention kernel.
     """
 
     block: int = 128
     split: int = 1024
-    key_block: int = 1024
+    row_block: int = 1024
+    row_stages: int = 1
+    weight_block: int = 1024
+    run: int = 32
     chosen_block: int = 32
     chosen_split: int = 256
+    dot_heads: int = 2
 
 
 def choose_tiles(request: Request) -> Tiles:
     """Tiles for these sizes: splits long enough to be worth a program, and as many as a large GPU wants."""
     groups, sk = request.k.shape[0] * request.k.shape[1], request.k.shape[2]
-    parts = min(MOST_PARTS, max(1, PROGRAMS // groups))
+    programs = PROGRAMS if request.group > 1 else ROW_PROGRAMS
+    parts = min(MOST_PARTS, max(1, programs // groups))
     is_wide = max(request.q.shape[3], request.v.shape[3]) > 128
     heads = 1 << (request.group - 1).bit_length()
     return Tiles(
-        key_block=max(16, min(1024, MOST_SCORES // heads)),
-        split=_part(sk, parts, least=512),
-        chosen_block=16 if is_wide else 32,
+        split=_part(sk, parts, least=512 if request.group > 1 else 1024),
+        weight_block=max(16, min(1024, MOST_SCORES // heads)),
+        run=_run(sk, min(request.topk, sk), most=min(1024, MOST_SCORES // heads)),
+        chosen_block=32 if is_wide else 64,
         chosen_split=_part(min(request.topk, sk), parts, least=256),
     )
 
 
+def candidates(sk: int, topk: int, run: int) -> int:
+    """The most weights among which one program has to choose: the largest of all runs, then all of the best runs."""
+    return max(_power(-(-sk // run)), _power(topk) * run)
+
+
+def _run(sk: int, topk: int, most: int) -> int:
+    """The power of two, from 16, with the fewest candidates."""
+    return min((run for run in (16, 32, 64, 128) if run <= most), key=lambda run: candidates(sk, topk, run))
+
+
 def _part(length: int, parts: int, *, least: int) -> int:
     """The power of two, at least `least`, of which at most `parts` cover `length`."""
-    each = max(least, -(-length // parts))
-    return 1 << (each - 1).bit_length()
+    return _power(max(least, -(-length // parts)))
+
+
+def _power(n: int) -> int:
+    """The smallest power of two from n."""
+    return 1 << (n - 1).bit_length()

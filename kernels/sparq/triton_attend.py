@@ -1,7 +1,7 @@
 """The second half of SparQ decoding in Triton: attention over the chosen positions, the mean value for the others.
 
-Working layouts, with P = B * Hkv groups of G heads: positions (P, topk); each part of them leaves its unfinished sums,
-which a second launch adds up in order, unless there is one part only.
+Working layouts, with P = B * Hkv groups of G heads: positions (P, topk), negative where there is none; each part of
+them leaves its unfinished sums, which a second launch adds up in order, unless there is one part only.
 """
 
 from dataclasses import dataclass
@@ -16,27 +16,30 @@ from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles
 from attnopt.kernels.sparq.triton_score import LOG2E, Scores, as_bytes, softmax_of_splits, strides_of
+from attnopt.kernels.sparq.triton_select import Chosen, range_of
 
 
-def attend(request: Request, positions: Tensor | None, scores: Scores | None, tiles: Tiles) -> Tensor:
-    """(B, H, 1, Dv): exact attention over `positions` (P, topk), all when None; the mean value for what they leave out.
+def attend(request: Request, choice: Chosen | None, scores: Scores | None, tiles: Tiles) -> Tensor:
+    """(B, H, 1, Dv): exact attention over the chosen positions, all when None; the mean value for what they leave out.
 
     The mean value is blended in when the request asks for it and there are scores to weigh it with.
     """
     q, k, v, kept, group = request.q, request.k, request.v, request.kept, request.group
+    positions = None if choice is None else choice.positions
     groups, chosen = k.shape[0] * k.shape[1], k.shape[2] if positions is None else positions.shape[1]
     parts = triton.cdiv(chosen, tiles.chosen_split)
-    rest = _Rest.of(request, scores)
+    rest = _Rest.of(request, choice, scores)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     partial = _Partial.of(out, groups, parts, group) if parts > 1 else _Partial()
     sizes = {"G_PAD": next_power_of_two(group), "DV_PAD": next_power_of_two(v.shape[3])}
-    flags = {"HAS_KEPT": kept is not None, "BLEND": rest.mean is not None}
+    flags = {"BLEND": rest.mean is not None}
     _attend[(groups, parts)](
-        q, k, v, as_bytes(kept), positions, rest.logits, rest.part_max, rest.part_sum, rest.mean, rest.count, out,
-        partial.acc, partial.top, partial.total, partial.covered,
+        q, k, v, as_bytes(kept), positions, rest.logits, rest.part_max, rest.part_sum, rest.mean, rest.there, out,
+        request.starts, request.lengths, partial.acc, partial.top, partial.total, partial.covered,
         q.stride(0), q.stride(1), q.stride(3), *k.stride(), *v.stride(), *strides_of(kept, 2),
         *strides_of(rest.mean, 3),
-        k.shape[1], group, q.shape[3], v.shape[3], k.shape[2], chosen, tiles.chosen_split, rest.splits, request.scale,
+        k.shape[1], group, q.shape[3], v.shape[3], k.shape[2], chosen, tiles.chosen_split, rest.splits, request.grown,
+        request.scale,
         HAS_POSITIONS=positions is not None, IS_WHOLE=parts == 1, **sizes, **flags,
         D_PAD=next_power_of_two(q.shape[3]), SPLITS_PAD=triton.next_power_of_2(rest.splits),
         BLOCK=tiles.chosen_block, PRECISION=dot_precision(q.dtype),
@@ -44,7 +47,7 @@ def attend(request: Request, positions: Tensor | None, scores: Scores | None, ti
     )  # fmt: skip
     if parts > 1:
         _merge[(groups,)](
-            partial.acc, partial.top, partial.total, partial.covered, rest.mean, rest.count, out,
+            partial.acc, partial.top, partial.total, partial.covered, rest.mean, rest.there, out,
             *strides_of(rest.mean, 3), k.shape[1], group, v.shape[3], chosen, parts, **sizes, **flags,
         )  # fmt: skip
     return out
@@ -52,22 +55,21 @@ def attend(request: Request, positions: Tensor | None, scores: Scores | None, ti
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rest:
-    """What blending in the mean value needs, or nothing of it; count (B,) is absent where every position is kept."""
+    """What blending in the mean value needs, or nothing of it; there (P,) says whether any position is left out."""
 
     mean: Tensor | None = None
-    count: Tensor | None = None
+    there: Tensor | None = None
     logits: Tensor | None = None
     part_max: Tensor | None = None
     part_sum: Tensor | None = None
     splits: int = 1
 
     @staticmethod
-    def of(request: Request, scores: Scores | None) -> "_Rest":
-        if scores is None or not request.mean_value:
+    def of(request: Request, choice: Chosen | None, scores: Scores | None) -> "_Rest":
+        if scores is None or choice is None or not request.mean_value:
             return _Rest()
-        count = None if request.kept is None else request.kept.sum(dim=-1)
         mean, splits = steps.mean_of_values(request), scores.part_max.shape[1]
-        return _Rest(mean, count, scores.logits, scores.part_max, scores.part_sum, splits)
+        return _Rest(mean, choice.there, scores.logits, scores.part_max, scores.part_sum, splits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,12 +89,12 @@ class _Partial:
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, kept_ptr, positions_ptr, logits_ptr, max_ptr, sum_ptr, mean_ptr, count_ptr, out_ptr,
-    acc_ptr, top_ptr, total_ptr, covered_ptr,
+    q_ptr, k_ptr, v_ptr, kept_ptr, positions_ptr, logits_ptr, max_ptr, sum_ptr, mean_ptr, there_ptr, out_ptr,
+    starts_ptr, lengths_ptr, acc_ptr, top_ptr, total_ptr, covered_ptr,
     q_sb, q_sh, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kept_sb, kept_sn, mean_sb, mean_sh, mean_sd,
-    kv_heads, group, d, dv, sk, chosen, split, splits, scale,
+    kv_heads, group, d, dv, sk, chosen, split, splits, grown, scale,
     HAS_POSITIONS: tl.constexpr, IS_WHOLE: tl.constexpr, G_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    HAS_KEPT: tl.constexpr, BLEND: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    BLEND: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (p, j): attention of group p over part j of its positions, finished at once when there is one part."""
@@ -107,6 +109,8 @@ def _attend(
     v_row = v_ptr + offset(b, v_sb) + offset(h, v_sh) + offset(e, v_sd)[None, :]
     row = offset(pid, group) + g
 
+    first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
+
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD,), tl.float32)
     covered = tl.zeros((G_PAD,), tl.float32)
@@ -118,9 +122,12 @@ def _attend(
         seen = slot < chosen
         pos = slot.to(tl.int64)
         if HAS_POSITIONS:
-            pos = tl.load(positions_ptr + offset(pid, chosen) + slot, mask=seen, other=0)
-        if HAS_KEPT:
-            seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=seen, other=0) != 0
+            pos = tl.load(positions_ptr + offset(pid, chosen) + slot, mask=seen, other=-1).to(tl.int64)
+            seen &= pos >= 0
+        else:
+            seen &= (pos >= first) & (pos < last)
+            if kept_ptr is not None:
+                seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=seen, other=0) != 0
         k = tl.load(k_column + offset(pos, k_sn)[None, :], mask=(c < d)[:, None] & seen[None, :], other=0.0)
         v = tl.load(v_row + offset(pos, v_sn)[:, None], mask=seen[:, None] & (e < dv)[None, :], other=0.0)
         s = dot(q, k, PRECISION) * (scale * LOG2E)
@@ -143,7 +150,7 @@ def _attend(
         mean_at = (
             mean_ptr + (offset(b, mean_sb) + offset(h, mean_sh) + offset(e, mean_sd)) if BLEND else mean_ptr
         )
-        out = _finish(acc, total, covered, mean_at, count_ptr, b, dv, chosen, HAS_KEPT, BLEND, DV_PAD)
+        out = _finish(acc, total, covered, mean_at, there_ptr, pid, dv, chosen, BLEND, DV_PAD)
         there = (g < group)[:, None] & (e < dv)[None, :]
         tl.store(
             out_ptr + offset(row, dv)[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=there
@@ -160,28 +167,24 @@ def _attend(
 
 @triton.jit
 def _finish(
-    acc, total, covered, mean_at, count_ptr, b, dv, chosen,
-    HAS_KEPT: tl.constexpr, BLEND: tl.constexpr, DV_PAD: tl.constexpr,
-):  # fmt: skip
+    acc, total, covered, mean_at, there_ptr, pid, dv, chosen, BLEND: tl.constexpr, DV_PAD: tl.constexpr
+):
     """(G_PAD, DV_PAD) fp32: the normalised sum, zero where no key was seen, and the mean value for what is left out."""
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if BLEND:
         mean = tl.load(mean_at, mask=tl.arange(0, DV_PAD) < dv, other=0.0)
         blended = covered[:, None] * out + (1.0 - covered)[:, None] * mean[None, :]
-        if HAS_KEPT:
-            # All that is kept was chosen: nothing is left for the mean value.
-            out = tl.where(tl.load(count_ptr + b) <= chosen, out, blended)
-        else:
-            out = blended
+        # All that is there was chosen: nothing is left for the mean value.
+        out = tl.where(tl.load(there_ptr + pid) <= chosen, out, blended)
     return out
 
 
 @triton.jit
 def _merge(
-    acc_ptr, top_ptr, total_ptr, covered_ptr, mean_ptr, count_ptr, out_ptr,
+    acc_ptr, top_ptr, total_ptr, covered_ptr, mean_ptr, there_ptr, out_ptr,
     mean_sb, mean_sh, mean_sd,
     kv_heads, group, dv, chosen, parts,
-    G_PAD: tl.constexpr, DV_PAD: tl.constexpr, HAS_KEPT: tl.constexpr, BLEND: tl.constexpr,
+    G_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLEND: tl.constexpr,
 ):  # fmt: skip
     """Program p: adds up the parts of group p in order, and finishes."""
     pid = tl.program_id(0)
@@ -204,6 +207,6 @@ def _merge(
         acc = acc * shrink[:, None] + grow[:, None] * part_acc
         top = new
     mean_at = mean_ptr + (offset(b, mean_sb) + offset(h, mean_sh) + offset(e, mean_sd)) if BLEND else mean_ptr
-    out = _finish(acc, total, covered, mean_at, count_ptr, b, dv, chosen, HAS_KEPT, BLEND, DV_PAD)
+    out = _finish(acc, total, covered, mean_at, there_ptr, pid, dv, chosen, BLEND, DV_PAD)
     tl.store(out_ptr + offset(offset(pid, group) + g, dv)[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty),
              mask=there)  # fmt: skip

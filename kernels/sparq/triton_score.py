@@ -1,9 +1,9 @@
-"""The first half of SparQ decoding in Triton: which channels, their logits, and a key that orders the positions.
+"""The first half of SparQ decoding in Triton: which channels, their logits, and weights that order the positions.
 
-Working layouts, with P = B * Hkv groups of G heads: channels (P, r), logits (P, G, Sk) in base 2, keys (P, Sk).
+Working layouts, with P = B * Hkv groups of G heads: channels (P, r), logits (P, G, Sk) in base 2, weights (P, Sk).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,10 +14,17 @@ from attnopt.kernels._triton import dot, dot_precision, next_power_of_two, offse
 from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles
+from attnopt.kernels.sparq.triton_row import _row_logits, append
+from attnopt.kernels.sparq.triton_select import (
+    Weights,
+    first_local,
+    new_empty_int,
+    range_of,
+    rank_of,
+    store_best,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
-#: Subtracted from, a position becomes the low half of a key: the lower index then has the larger key.
-LAST = tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +45,19 @@ class Scores:
     part_sum: Tensor
 
 
-def choose_channels(request: Request) -> Channels:
-    """Launches one program per group: the channels with the largest |q| summed over the group."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Token:
+    """The key (B, Hkv, 1, D) and value (B, Hkv, 1, Dv) of one position, for the end of the request's buffers."""
+
+    k: Tensor
+    v: Tensor
+
+
+def choose_channels(request: Request, token: Token | None = None) -> Channels:
+    """Launches one program per group: the channels with the largest |q| summed over the group.
+
+    The same program appends a token at `lengths`, to both key layouts, the values and their running mean.
+    """
     q, rank, group = request.q, request.channels, request.group
     groups = request.k.shape[0] * request.k.shape[1]
     out = Channels(
@@ -47,49 +65,96 @@ def choose_channels(request: Request) -> Channels:
         q.new_empty(groups, group, rank),
         q.new_empty(groups, group, dtype=torch.float32),
     )
-    d_pad = next_power_of_two(q.shape[3])
+    d_pad, dv = next_power_of_two(q.shape[3]), request.v.shape[3]
+    k, v, k_t, mean = (request.k, request.v, request.k_t, request.v_mean) if token else (None,) * 4
     _channels[(groups,)](
         q, out.index, out.queries, out.heat,
+        token and token.k, token and token.v, k, v, k_t, mean, request.starts, request.lengths,
         q.stride(0), q.stride(1), q.stride(3), request.scale,
-        request.k.shape[1], group, q.shape[3], rank,
-        G_PAD=next_power_of_two(group), D_PAD=d_pad,
+        *append_strides(token), *strides_of(k, 4), *strides_of(v, 4), *strides_of(k_t, 4), *strides_of(mean, 3),
+        request.k.shape[1], group, q.shape[3], dv, request.k.shape[2], rank,
+        G_PAD=next_power_of_two(group), D_PAD=d_pad, DV_PAD=next_power_of_two(dv),
         num_warps=4 if d_pad <= 128 else 8,
     )  # fmt: skip
     return out
 
 
+def append_strides(token: Token | None) -> tuple[int, ...]:
+    """Strides of the new key and value over batch, heads and channels; zeros for none."""
+    if token is None:
+        return (0,) * 6
+    return tuple(x.stride(i) for x in (token.k, token.v) for i in (0, 1, 3))
+
+
+def score_positions(request: Request, chosen: Channels, tiles: Tiles) -> tuple[Scores, Weights]:
+    """Launches the logits, and unless one head alone orders the positions by them, the weights of each group.
+
+    One head alone needs neighbouring positions side by side in memory, as the channel-major keys have them.
+    """
+    if request.group < tiles.dot_heads and request.keys_by_channel.stride(3) == 1:
+        return row_logits(request, chosen, tiles)
+    scores = approximate_logits(request, chosen, tiles)
+    return scores, group_weights(request, scores, tiles)
+
+
+def row_logits(request: Request, chosen: Channels, tiles: Tiles) -> tuple[Scores, Weights]:
+    """Launches (groups, splits): what one head's logits are; they order its positions as their softmax does."""
+    k_t, kept, groups = request.keys_by_channel, request.kept, len(chosen.heat)
+    sk, split, block = k_t.shape[3], tiles.split, min(tiles.row_block, tiles.split)
+    scores, weights = _new_scores(request, chosen, tiles), _new_weights(request, tiles)
+    weights = replace(weights, weight=scores.logits.view(groups, sk))
+    _row_logits[(groups, triton.cdiv(sk, split))](
+        chosen.queries, chosen.index, chosen.heat, k_t, as_bytes(kept), request.starts, request.lengths, weights.local,
+        scores.logits, weights.best, scores.part_max, scores.part_sum,
+        *k_t.stride(), *strides_of(kept, 2),
+        k_t.shape[1], chosen.index.shape[1], sk, weights.best.shape[1], split, request.local, request.grown,
+        ROWS=8, STAGES=tiles.row_stages, BLOCK=block, RUN=tiles.run, num_warps=max(1, min(4, block // 256)),
+    )  # fmt: skip
+    return scores, weights
+
+
 def approximate_logits(request: Request, chosen: Channels, tiles: Tiles) -> Scores:
     """Launches (groups, splits): the logits of the chosen channels, and the softmax's maximum and sum of each split."""
-    k_t, kept, (groups, group) = request.keys_by_channel, request.kept, chosen.heat.shape
-    sk, rank = k_t.shape[3], chosen.index.shape[1]
-    splits = triton.cdiv(sk, tiles.split)
-    out = Scores(
-        *(chosen.heat.new_empty(groups, *rest) for rest in ((group, sk), (splits, group), (splits, group)))
-    )
-    _logits[(groups, splits)](
-        chosen.queries, chosen.index, chosen.heat, k_t, as_bytes(kept), out.logits, out.part_max, out.part_sum,
+    k_t, kept, group, rank = request.keys_by_channel, request.kept, request.group, chosen.index.shape[1]
+    out = _new_scores(request, chosen, tiles)
+    _logits[(len(chosen.heat), out.part_max.shape[1])](
+        chosen.queries, chosen.index, chosen.heat, k_t, as_bytes(kept), request.starts, request.lengths,
+        out.logits, out.part_max, out.part_sum,
         *k_t.stride(), *strides_of(kept, 2),
-        k_t.shape[1], group, rank, sk, tiles.split,
+        k_t.shape[1], group, rank, k_t.shape[3], tiles.split, request.grown,
         HAS_KEPT=kept is not None, G_PAD=next_power_of_two(group), R_PAD=next_power_of_two(rank),
         BLOCK=tiles.block, PRECISION=dot_precision(request.q.dtype),
     )  # fmt: skip
     return out
 
 
-def group_keys(request: Request, scores: Scores, tiles: Tiles) -> Tensor:
-    """(P, Sk) int64, all different: larger for a larger group score, and among equals for the lower position."""
-    kept, (groups, group, sk) = request.kept, scores.logits.shape
-    keys = scores.logits.new_empty(groups, sk, dtype=torch.int64)
-    start = None if kept is None else steps.local_start(kept, request.local)
-    splits = scores.part_max.shape[1]
-    _keys[(groups, triton.cdiv(sk, tiles.key_block))](
-        scores.logits, scores.part_max, scores.part_sum, as_bytes(kept), start, keys,
-        *strides_of(kept, 2),
-        request.k.shape[1], group, sk, splits, sk - request.local,
-        HAS_KEPT=kept is not None, G_PAD=triton.next_power_of_2(group), SPLITS_PAD=triton.next_power_of_2(splits),
-        BLOCK=tiles.key_block,
+def group_weights(request: Request, scores: Scores, tiles: Tiles) -> Weights:
+    """Launches (groups, tiles): the softmax of each head, summed over the group, and the best of each run."""
+    groups, group, sk = scores.logits.shape
+    splits, out = scores.part_max.shape[1], _new_weights(request, tiles)
+    out = replace(out, weight=scores.logits.new_empty(groups, sk))
+    _weights[(groups, triton.cdiv(sk, tiles.weight_block))](
+        scores.logits, scores.part_max, scores.part_sum, as_bytes(request.kept), request.starts, request.lengths,
+        out.local, out.weight, out.best,
+        *strides_of(request.kept, 2),
+        request.k.shape[1], group, sk, out.best.shape[1], splits, request.local, request.grown,
+        G_PAD=triton.next_power_of_2(group), SPLITS_PAD=triton.next_power_of_2(splits),
+        BLOCK=tiles.weight_block, RUN=tiles.run,
     )  # fmt: skip
-    return keys
+    return out
+
+
+def _new_scores(request: Request, chosen: Channels, tiles: Tiles) -> Scores:
+    new, (groups, group), sk = chosen.heat.new_empty, chosen.heat.shape, request.k.shape[2]
+    splits = triton.cdiv(sk, tiles.split)
+    return Scores(new(groups, group, sk), new(groups, splits, group), new(groups, splits, group))
+
+
+def _new_weights(request: Request, tiles: Tiles) -> Weights:
+    """Room for the best of each run; the weights themselves are put in by the caller."""
+    (batch, kv_heads, sk, _), kept = request.k.shape, request.kept
+    best = new_empty_int(request.k, batch * kv_heads, triton.cdiv(sk, tiles.run))
+    return Weights(best, best, None if kept is None else steps.local_start(kept, request.local))
 
 
 def as_bytes(kept: Tensor | None) -> Tensor | None:
@@ -105,13 +170,22 @@ def strides_of(x: Tensor | None, rank: int) -> tuple[int, ...]:
 @triton.jit
 def _channels(
     q_ptr, index_ptr, queries_ptr, heat_ptr,
-    q_sb, q_sh, q_sd, scale,
-    kv_heads, group, d, rank,
-    G_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    new_k_ptr, new_v_ptr, k_ptr, v_ptr, kt_ptr, mean_ptr, starts_ptr, lengths_ptr,
+    q_sb, q_sh, q_sd, scale, nk_sb, nk_sh, nk_sd, nv_sb, nv_sh, nv_sd,
+    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kt_sb, kt_sh, kt_sd, kt_sn, mean_sb, mean_sh, mean_sd,
+    kv_heads, group, d, dv, sk, rank,
+    G_PAD: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Program p: ranks the D channels of group p by comparing all pairs, and packs the first r in ascending order."""
+    """Program p: appends to group p; ranks its channels by comparing all pairs, packs the first r, ascending."""
     pid = tl.program_id(0)
     b, h = pid // kv_heads, pid % kv_heads
+    if new_k_ptr is not None:
+        append(
+            new_k_ptr, new_v_ptr, k_ptr, v_ptr, kt_ptr, mean_ptr, starts_ptr, lengths_ptr,
+            nk_sb, nk_sh, nk_sd, nv_sb, nv_sh, nv_sd,
+            k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kt_sb, kt_sh, kt_sd, kt_sn, mean_sb, mean_sh, mean_sd,
+            b, h, d, dv, sk, D_PAD, DV_PAD,
+        )  # fmt: skip
     g, c = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
     there = (g < group)[:, None] & (c < d)[None, :]
     at = offset(b, q_sb) + offset(h * group + g, q_sh)[:, None] + offset(c, q_sd)[None, :]
@@ -138,9 +212,9 @@ def _channels(
 
 @triton.jit
 def _logits(
-    queries_ptr, index_ptr, heat_ptr, kt_ptr, kept_ptr, logits_ptr, max_ptr, sum_ptr,
+    queries_ptr, index_ptr, heat_ptr, kt_ptr, kept_ptr, starts_ptr, lengths_ptr, logits_ptr, max_ptr, sum_ptr,
     kt_sb, kt_sh, kt_sd, kt_sn, kept_sb, kept_sn,
-    kv_heads, group, rank, sk, split,
+    kv_heads, group, rank, sk, split, grown,
     HAS_KEPT: tl.constexpr, G_PAD: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -159,15 +233,17 @@ def _logits(
 
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD,), tl.float32)
-    for start in range(0, split, BLOCK):
-        pos = part * split + start + tl.arange(0, BLOCK)
+    first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
+    begin = tl.maximum(part * split, first // BLOCK * BLOCK)
+    for start in range(begin, tl.minimum((part + 1) * split, last), BLOCK):
+        pos = start + tl.arange(0, BLOCK)
         inside = pos < sk
         k = tl.load(
-            kt_row + offset(pos, kt_sn)[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0
-        )
+            kt_row + offset(pos, kt_sn)[None, :], mask=(r < rank)[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
         s = dot(q, k, PRECISION) * heat[:, None]
         # The mask comes after the keys: they need not wait for it, and what padded ones hold is overwritten here.
-        seen = inside
+        seen = (pos >= first) & (pos < last)
         if HAS_KEPT:
             seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=inside, other=0) != 0
         s = tl.where(seen[None, :], s, float("-inf"))
@@ -197,28 +273,28 @@ def softmax_of_splits(max_ptr, sum_ptr, pid, group, splits, G_PAD: tl.constexpr,
 
 
 @triton.jit
-def _keys(
-    logits_ptr, max_ptr, sum_ptr, kept_ptr, start_ptr, keys_ptr,
+def _weights(
+    logits_ptr, max_ptr, sum_ptr, kept_ptr, starts_ptr, lengths_ptr, local_ptr, weight_ptr, best_ptr,
     kept_sb, kept_sn,
-    kv_heads, group, sk, splits, local_start,
-    HAS_KEPT: tl.constexpr, G_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    kv_heads, group, sk, runs, splits, local, grown,
+    G_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, j): keys of one tile of positions. The softmax of each head comes before the sum over the group."""
-    pid = tl.program_id(0)
+    """Program (p, j): weights of one tile of positions. Each head's softmax comes before the sum over the group."""
+    pid, tile = tl.program_id(0), tl.program_id(1)
     b = pid // kv_heads
-    g, pos = tl.arange(0, G_PAD), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    base, total = softmax_of_splits(max_ptr, sum_ptr, pid, group, splits, G_PAD, SPLITS_PAD)
-    s = tl.load(
-        logits_ptr + offset(offset(pid, group) + g, sk)[:, None] + pos[None, :],
-        mask=(g < group)[:, None] & (pos < sk)[None, :], other=float("-inf"),
-    )  # fmt: skip
-    weight = tl.sum(tl.exp2(s - base[:, None]) / total[:, None], axis=0)
-    if HAS_KEPT:
-        seen = tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=pos < sk, other=0) != 0
-        weight = tl.where(pos >= tl.load(start_ptr + b), float("inf"), weight)
-        weight = tl.where(seen, weight, -1.0)
-    else:
-        weight = tl.where(pos >= local_start, float("inf"), weight)
-    # The bits of a float that is not negative grow with it; the position in the low half makes the keys unique.
-    key = (weight.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (LAST - pos.to(tl.int64))
-    tl.store(keys_ptr + offset(pid, sk) + pos, key, mask=pos < sk)
+    first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
+    if (tile * BLOCK < last) & ((tile + 1) * BLOCK > first):
+        g, pos = tl.arange(0, G_PAD), tile * BLOCK + tl.arange(0, BLOCK)
+        base, total = softmax_of_splits(max_ptr, sum_ptr, pid, group, splits, G_PAD, SPLITS_PAD)
+        seen = (pos >= first) & (pos < last)
+        if kept_ptr is not None:
+            seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=pos < sk, other=0) != 0
+        s = tl.load(
+            logits_ptr + offset(offset(pid, group) + g, sk)[:, None] + pos[None, :],
+            mask=(g < group)[:, None] & (pos < sk)[None, :], other=float("-inf"),
+        )  # fmt: skip
+        weight = tl.sum(tl.exp2(s - base[:, None]) / total[:, None], axis=0)
+        weight = tl.where(seen, weight, float("-inf"))
+        tl.store(weight_ptr + offset(pid, sk) + pos, weight, mask=pos < sk)
+        rank = rank_of(weight, pos >= first_local(local_ptr, b, last, local))
+        store_best(best_ptr, rank, pid, runs, tile * BLOCK, BLOCK, RUN)

@@ -5,17 +5,23 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 from hypothesis import given, settings
-from oracle import assert_same
-from sparq_cases import LAYOUTS, Case, answer, assert_legal, assert_scores, cases, request_of, yardstick
-from torch import Tensor
+from sparq_cases import (
+    LAYOUTS,
+    Case,
+    assert_legal,
+    assert_scores,
+    cases,
+    request_of,
+)
+from sparq_judging import DOTS, SMALL, assert_row_rule, by_head, positions_of, probabilities, scored
 
 from attnopt.kernels.sparq import steps
-from attnopt.kernels.sparq.op import sparq_attention
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import MOST_PARTS, Tiles, choose_tiles
 from attnopt.kernels.sparq.triton_attend import attend
-from attnopt.kernels.sparq.triton_decode import choose_positions, decode
-from attnopt.kernels.sparq.triton_score import Scores, approximate_logits, choose_channels, group_keys
+from attnopt.kernels.sparq.triton_decode import decode
+from attnopt.kernels.sparq.triton_score import choose_channels
+from attnopt.kernels.sparq.triton_select import Chosen
 
 #: Where the kernels run, and in what. The interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
 PLACES = [
@@ -27,8 +33,6 @@ if not torch.cuda.is_available():
     PLACES += [("cpu", torch.float16), ("cpu", torch.float32)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-#: Small enough to interpret, and several splits, parts and tiles to every axis of the cases.
-SMALL = Tiles(block=16, split=32, key_block=32, chosen_block=16, chosen_split=16)
 SIZES = [
     Case(),
     Case(group=3, kv_heads=2, sk=77, d=20, dv=12, topk=40, local=7),
@@ -42,49 +46,23 @@ SIZES = [
 ]
 
 
-def scores_of(request: Request, tiles: Tiles = SMALL) -> Scores:
-    return approximate_logits(request, choose_channels(request), tiles)
-
-
-def positions_of(request: Request, tiles: Tiles = SMALL) -> Tensor | None:
-    if request.is_exact:
-        return None
-    return choose_positions(group_keys(request, scores_of(request, tiles), tiles), request.topk)
-
-
-def by_head(request: Request, positions: Tensor | None) -> Tensor | None:
-    return None if positions is None else positions.cpu().view(*request.k.shape[:2], -1)
-
-
-def probabilities(request: Request, scores: Scores) -> Tensor:
-    """(B, Hkv, G, Sk) from the base-2 logits and the parts of their softmax."""
-    top = scores.part_max.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-    total = (scores.part_sum * (scores.part_max - top).exp2()).sum(1)
-    weights = (scores.logits - top[:, 0, :, None]).exp2() / total.where(total > 0, 1.0)[..., None]
-    return weights.view(*request.k.shape[:2], request.group, -1)
-
-
-def assert_row_rule(request: Request, out: Tensor, positions: Tensor | None, dtype: torch.dtype) -> None:
-    where = by_head(request, positions)
-    request = request if positions is not None else replace(request, mean_value=False)
-    assert_same(out, answer(request, where, torch.float64), yardstick(request, where, dtype))
-
-
+@pytest.mark.parametrize("tiles", [SMALL, DOTS], ids=["rows", "dots"])
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
-def test_it_keeps_the_row_rule(case: Case, device: str, dtype: torch.dtype) -> None:
+def test_it_keeps_the_row_rule(case: Case, device: str, dtype: torch.dtype, tiles: Tiles) -> None:
     request = request_of(case, dtype, device)
-    positions = positions_of(request)
+    positions = positions_of(request, tiles)
     if positions is not None:
         assert_legal(request, by_head(request, positions))
-    assert_row_rule(request, decode(request, SMALL), positions, dtype)
+    assert_row_rule(request, decode(request, tiles), positions, dtype)
 
 
 @pytest.mark.parametrize("case", SIZES[:5], ids=str)
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 def test_scores_are_those_of_the_definition(case: Case, device: str, dtype: torch.dtype) -> None:
     request = request_of(replace(case, spread=8.0, scale=1.0), dtype, device)
-    assert_scores(request, probabilities(request, scores_of(request)))
+    for tiles in (SMALL, DOTS):
+        assert_scores(request, probabilities(request, scored(request, tiles)[0]))
 
 
 @settings(max_examples=15)
@@ -173,7 +151,8 @@ def test_layout_changes_nothing(layout: str) -> None:
     "tiles",
     [
         replace(SMALL, block=32, split=64),
-        replace(SMALL, key_block=64),
+        replace(SMALL, weight_block=64),
+        replace(SMALL, block=32, row_block=32, run=32),
         replace(SMALL, chosen_block=32, chosen_split=32),
         replace(SMALL, chosen_split=48),
         replace(SMALL, split=128, chosen_split=64),
@@ -194,9 +173,20 @@ def test_attention_over_given_positions_reads_nothing_else() -> None:
     chosen = torch.zeros(4, 50, dtype=torch.bool, device=DEVICE).scatter(1, positions, value=True)
     hidden = ~chosen.view(2, 2, 50, 1)
     k, v = request.k.masked_fill(hidden, torch.nan), request.v.masked_fill(hidden, torch.inf)
-    out = attend(replace(request, k=k, v=v), positions, None, SMALL)
-    assert torch.equal(out, attend(request, positions, None, SMALL))
+    choice = Chosen(positions, positions.new_full((4,), 50))
+    out = attend(replace(request, k=k, v=v), choice, None, SMALL)
+    assert torch.equal(out, attend(request, choice, None, SMALL))
     assert_row_rule(request, out, positions, torch.float32)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_default_tiles_choose_the_best_of_many_positions(group: int) -> None:
+    case = Case(batch=1, kv_heads=1, group=group, sk=6_000, d=32, topk=100, local=10, rank=8)
+    request = request_of(case, device=DEVICE)
+    positions = positions_of(request, choose_tiles(request))
+    assert positions is not None
+    assert_legal(request, by_head(request, positions))
+    assert_row_rule(request, decode(request), positions, torch.float32)
 
 
 def test_running_twice_gives_the_same_bits() -> None:
@@ -215,65 +205,11 @@ def test_tiles_cover_the_sequence_in_few_parts() -> None:
             assert 1 <= -(-sk // tiles.split) <= MOST_PARTS
             assert 1 <= -(-min(topk, sk) // tiles.chosen_split) <= MOST_PARTS
             assert tiles.split % tiles.block == tiles.chosen_split % tiles.chosen_block == 0
-            assert all(size >= 16 and size & (size - 1) == 0 for size in astuple(tiles))
-
-
-# On a GPU only.
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("d", [1, 3, 16, 40, 64, 80, 96, 128, 160, 256])
-def test_default_tiles_keep_the_row_rule(d: int, dtype: torch.dtype) -> None:
-    for case in (
-        Case(group=1, sk=3000, d=d, dv=d, rank=32, topk=128, local=32),
-        Case(group=4, sk=5001, d=d, dv=d, rank=32, topk=600, local=32, padding=0.2),
-        Case(group=4, sk=1500, d=d, dv=d, topk=1500),
-    ):
-        request = request_of(case, dtype, "cuda")
-        tiles = choose_tiles(request)
-        positions = positions_of(request, tiles)
-        assert_row_rule(request, decode(request), positions, dtype)
-
-
-@pytest.mark.gpu
-def test_the_op_takes_the_kernels_on_a_gpu() -> None:
-    r = request_of(Case(group=2, padding=0.2), torch.bfloat16, "cuda")
-    out = sparq_attention(
-        r.q, r.k, r.v, rank=5, topk=12, local=3, k_t=r.k_t, scale=r.scale, key_padding=r.kept, mean_value=True
-    )  # fmt: skip
-    assert torch.equal(out, decode(r))
-
-
-@pytest.mark.gpu
-def test_offsets_beyond_two_to_the_31_are_right() -> None:
-    request = request_of(Case(batch=1, kv_heads=1, sk=300, d=16, dv=16, topk=20), torch.bfloat16, "cuda")
-    wide = torch.empty(300 * 2**23, dtype=torch.bfloat16, device="cuda")
-    strided = {}
-    for i, name in enumerate(("k", "v")):
-        strided[name] = wide.as_strided((1, 1, 300, 16), (0, 0, 2**23, 1), storage_offset=16 * i)
-        strided[name].copy_(getattr(request, name))
-    k_t = wide.as_strided((1, 1, 16, 300), (0, 0, 1, 2**23), storage_offset=64)
-    assert request.k_t is not None
-    strided["k_t"] = k_t.copy_(request.k_t)
-    assert torch.equal(decode(replace(request, **strided)), decode(request))
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_follows_its_inputs() -> None:
-    request = request_of(Case(group=2, sk=500, padding=0.2), torch.bfloat16, "cuda")
-    decode(request)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = decode(request)
-    for _ in range(3):
-        request.q.normal_()
-        graph.replay()
-        assert torch.equal(out, decode(request))
-
-
-@pytest.mark.gpu
-def test_a_hundred_runs_give_the_same_bits() -> None:
-    request = request_of(Case(group=4, sk=5000, d=128, dv=128, rank=32, topk=600), torch.bfloat16, "cuda")
-    first = decode(request)
-    assert all(torch.equal(decode(request), first) for _ in range(100))
+            assert (
+                tiles.split % tiles.row_block
+                == tiles.row_block % tiles.run
+                == tiles.weight_block % tiles.run
+                == 0
+            )
+            sizes = astuple(replace(tiles, row_stages=16, dot_heads=16))
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)

@@ -330,7 +330,8 @@ def test_graphs_between_breaks_are_read_and_the_breaks_are_told() -> None:
 
     model.wrap = wrap
     report = check(kind, model)
-    assert {site.spec for site in report.attention} == {kind.spec}  # the mask was proven in the graph before the break
+    # The mask was proven in the graph before the break.
+    assert {site.spec for site in report.attention} == {kind.spec}
     told = attnopt.explain(model, *kind.inputs()).graph_breaks
     assert any(line.startswith("test_everywhere.py:") and "graph_break() ->" in line for line in told)
     assert any("all of forward() runs outside of any graph" in line for line in told)

@@ -1,0 +1,195 @@
+"""The best positions without sorting: largest weights of runs first, then the weights of the best runs.
+
+The `topk` largest of Sk weights lie in those `topk` runs of m neighbours whose largest weights are the largest: each
+other run is beaten, as a whole, by one weight of each of these. So one program chooses twice, among Sk / m and among
+topk * m integers that it holds in registers, by searching the smallest one to be chosen two bits at a time. Among
+equals the lower position wins, in runs as in positions, for runs do not overlap. There is nothing atomic in it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnopt.kernels._triton import offset
+from attnopt.kernels.sparq import steps
+from attnopt.kernels.sparq.request import Request
+from attnopt.kernels.sparq.tiles import MOST_CANDIDATES, Tiles, candidates
+
+#: The rank of a position that is always chosen, and of one that is not there.
+ALWAYS = tl.constexpr(2**31 - 1)
+NEVER = tl.constexpr(-(2**31))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """positions (P, topk), ascending, then -1 where fewer are there; there (P,): more than topk, or how many are."""
+
+    positions: Tensor
+    there: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """weight (P, Sk) fp32, -inf where not kept; best (P, runs) int32, the largest rank in each run.
+
+    Where no position of a run counts, both may be unwritten. local (B,): where the last positions begin, if there is
+    a mask.
+    """
+
+    weight: Tensor
+    best: Tensor
+    local: Tensor | None
+
+
+def choose_positions(request: Request, weights: Weights, tiles: Tiles) -> Chosen:
+    """Launches one program per group. Needs `is_selectable`."""
+    (groups, sk), topk, new = weights.weight.shape, request.topk, weights.best.new_empty
+    out = Chosen(new_empty_int(weights.best, groups, topk), new_empty_int(weights.best, groups))
+    runs, k_pad = weights.best.shape[1], triton.next_power_of_2(topk)
+    widest = candidates(sk, topk, tiles.run)
+    _select[(groups,)](
+        weights.weight, weights.best, request.starts, request.lengths, weights.local,
+        new(groups, topk, dtype=torch.int32), out.positions, out.there,
+        request.k.shape[1], sk, runs, topk, request.local, request.grown,
+        RUNS_PAD=triton.next_power_of_2(runs), K_PAD=k_pad, RUN=tiles.run,
+        num_warps=min(32 if widest > MOST_CANDIDATES // 2 else 16, max(4, widest // 256)),
+    )  # fmt: skip
+    return out
+
+
+def new_empty_int(like: Tensor, *shape: int) -> Tensor:
+    """An int32 tensor beside `like`."""
+    return like.new_empty(*shape, dtype=torch.int32)
+
+
+def is_selectable(request: Request, tiles: Tiles) -> bool:
+    """Whether one program can hold what it chooses from."""
+    return candidates(request.k.shape[2], request.topk, tiles.run) <= MOST_CANDIDATES
+
+
+def sort_positions(request: Request, weights: Weights) -> Chosen:
+    """What `choose_positions` gives, by torch.topk, for any size: every weight has to be written (a mask, no range)."""
+    weight = weights.weight
+    position = torch.arange(weight.shape[1], device=weight.device)
+    rank = weight.where(weight == weight, torch.inf).view(torch.int32).to(torch.int64)
+    rank = torch.where(rank < 0, rank ^ ALWAYS.value, rank)
+    local = weight.shape[1] - request.local if weights.local is None else weights.local[:, None, None]
+    is_local = position >= local
+    heads = rank.view(request.k.shape[0], request.k.shape[1], -1)
+    rank = torch.where(is_local, ALWAYS.value, heads).view_as(rank)
+    rank = rank.masked_fill(weight == -torch.inf, NEVER.value)
+    keys = (rank << 32) | (steps.LAST - position)
+    chosen = keys.topk(request.topk, dim=-1, sorted=False).indices.sort(dim=-1).values
+    absent = weight.gather(-1, chosen) == -torch.inf
+    return Chosen(chosen.masked_fill(absent, -1), (weight != -torch.inf).sum(-1))
+
+
+@triton.jit
+def range_of(starts_ptr, lengths_ptr, b, sk, grown):
+    """The first position that counts in batch row b, and the one after the last."""
+    first, last = 0, sk
+    if starts_ptr is not None:
+        first = tl.load(starts_ptr + b).to(tl.int32)
+    if lengths_ptr is not None:
+        last = tl.minimum(tl.load(lengths_ptr + b).to(tl.int32) + grown, sk)
+    return first, last
+
+
+@triton.jit
+def first_local(local_ptr, b, last, local):
+    """Where the positions begin that are always chosen."""
+    begin = last - local
+    if local_ptr is not None:
+        begin = tl.load(local_ptr + b).to(tl.int32)
+    return begin
+
+
+@triton.jit
+def rank_of(weight, is_local):
+    """int32 that grow with fp32: below all of them where the weight is -inf, above them where the position is local."""
+    bits = tl.where(weight == weight, weight, float("inf"))
+    bits = tl.where(bits == 0.0, 0.0, bits).to(tl.int32, bitcast=True)
+    rank = tl.where(bits < 0, bits ^ ALWAYS, bits)
+    return tl.where(weight == float("-inf"), NEVER, tl.where(is_local, ALWAYS, rank))
+
+
+@triton.jit
+def store_best(best_ptr, rank, pid, runs, start, BLOCK: tl.constexpr, RUN: tl.constexpr):
+    """The largest rank of each run of a tile that begins at position `start`."""
+    run = start // RUN + tl.arange(0, BLOCK // RUN)
+    best = tl.max(tl.reshape(rank, (BLOCK // RUN, RUN)), axis=1)
+    tl.store(best_ptr + offset(pid, runs) + run, best, mask=run < runs)
+
+
+@triton.jit
+def _smallest(rank, count):
+    """The `count`-th largest of uint32, or 0 where fewer of them are above 0; two bits a step."""
+    found = tl.zeros((1,), tl.uint32)
+    for step in range(16):
+        bit = tl.full((1,), 1, tl.uint32) << (30 - 2 * step)
+        # Three counts in one sum: each has 21 bits.
+        at_least = (
+            (rank >= found + bit).to(tl.int64)
+            + ((rank >= found + 2 * bit).to(tl.int64) << 21)
+            + ((rank >= found + 3 * bit).to(tl.int64) << 42)
+        )
+        counts = tl.sum(at_least, axis=0)
+        enough = (
+            ((counts & 0x1FFFFF) >= count).to(tl.uint32)
+            + (((counts >> 21) & 0x1FFFFF) >= count).to(tl.uint32)
+            + ((counts >> 42) >= count).to(tl.uint32)
+        )
+        found += enough * bit
+    return found
+
+
+@triton.jit
+def _best(signed, count):
+    """Whether each int32 is one of the `count` best that are there, its place among them, and how many there are."""
+    rank = signed.to(tl.uint32, bitcast=True) ^ 0x80000000
+    least = _smallest(rank, count)
+    above, equal = rank > least, (rank == least) & (rank > 0)
+    # How many above in the low half, how many equal in the high half, up to and with each.
+    before = tl.cumsum(above.to(tl.uint32) + (equal.to(tl.uint32) << 16), axis=0)
+    above_before, equal_before = (before & 0xFFFF).to(tl.int32), (before >> 16).to(tl.int32)
+    room = count - tl.sum(above.to(tl.int32), axis=0)
+    is_best = above | (equal & (equal_before <= room))
+    place = above_before + tl.minimum(equal_before, room) - 1
+    return is_best, place, tl.sum(is_best.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _select(
+    weight_ptr, best_ptr, starts_ptr, lengths_ptr, local_ptr, runs_ptr, positions_ptr, there_ptr,
+    kv_heads, sk, runs, topk, local, grown,
+    RUNS_PAD: tl.constexpr, K_PAD: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """Program p: the topk best positions of group p."""
+    pid = tl.program_id(0)
+    b = pid // kv_heads
+    first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
+    slot = tl.arange(0, K_PAD)
+    out = offset(pid, topk)
+
+    run = tl.arange(0, RUNS_PAD)
+    counts = (run < runs) & (run * RUN < last) & ((run + 1) * RUN > first)
+    rank = tl.load(best_ptr + offset(pid, runs) + run, mask=counts, other=NEVER)
+    is_best, place, found = _best(rank, topk)
+    tl.store(runs_ptr + out + place, run, mask=is_best)
+    tl.store(runs_ptr + out + slot, -1, mask=(slot >= found) & (slot < topk))
+    more = tl.sum((rank != NEVER).to(tl.int32), axis=0)
+    tl.debug_barrier()  # what other threads of this program stored is read next
+
+    nth = tl.arange(0, K_PAD * RUN)
+    mine = tl.load(runs_ptr + out + nth // RUN, mask=nth // RUN < topk, other=-1)
+    pos = mine * RUN + nth % RUN
+    weight = tl.load(weight_ptr + offset(pid, sk) + pos, mask=(mine >= 0) & (pos < sk), other=float("-inf"))
+    rank = rank_of(weight, pos >= first_local(local_ptr, b, last, local))
+    is_best, place, found = _best(rank, topk)
+    tl.store(positions_ptr + out + place, pos, mask=is_best)
+    tl.store(positions_ptr + out + slot, -1, mask=(slot >= found) & (slot < topk))
+    # More runs than topk hold more positions than topk; else every position that is there is in these runs.
+    tl.store(there_ptr + pid, tl.maximum(more, tl.sum((rank != NEVER).to(tl.int32), axis=0)))
