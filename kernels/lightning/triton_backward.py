@@ -49,11 +49,8 @@ def backward(
     to_q = prepare(d_out, v, k, reverse=False, widest=widest)
     to_k = prepare(v, d_out, q, reverse=True, widest=widest)
     to_v = prepare(k, q, d_out, reverse=True)
-    terms = None
     if with_log_decay:
-        slices = triton.cdiv(q.shape[3], to_q.tiles.columns)
-        terms = empty_terms(q, v, slices, chunk, 0 if starts is None else len(starts) - 1)
-        to_q, to_k = replace(to_q, own=q, terms=terms), replace(to_k, own=k, terms=terms)
+        to_q, to_k = _with_terms(to_q, to_k, q, k)
     dq = run_sweep(to_q, entering_states(to_q, state_t), q.dtype)
     entering = entering_states(to_k, d_state_t)
     dk = run_sweep(to_k, entering, kv_dtype)
@@ -62,9 +59,17 @@ def backward(
         dq.out,
         sum_groups(dk.out, k.shape[1]).to(k.dtype),
         sum_groups(dv.out, v.shape[1]).to(v.dtype),
-        q.new_empty(0) if terms is None else terms.rows.sum((0, 1)),
+        q.new_empty(0) if to_q.terms is None else to_q.terms.rows.sum((0, 1)),
         dv.state,
     )
+
+
+def _with_terms(to_q: Sweep, to_k: Sweep, q: Tensor, k: Tensor) -> tuple[Sweep, Sweep]:
+    """The sweeps of dq and dk such that they leave, between them, the terms of d log_decay."""
+    slices = triton.cdiv(q.shape[3], to_q.tiles.columns)
+    packed = 0 if to_q.starts is None else to_q.sequences
+    terms = empty_terms(q, to_k.x, slices, to_q.tiles.chunk, packed)
+    return replace(to_q, own=q, terms=terms), replace(to_k, own=k, terms=terms)
 
 
 def _as_entered(to_v: Sweep, entering: Tensor | None, d_state: Tensor | None) -> Tensor | None:
