@@ -110,24 +110,36 @@ def _splice_loop(shadow: Shadow, site: Site, traced: GraphModule, values: dict[N
     order = {node: n for n, node in enumerate(graph.nodes)}
     targets = {end: node for end, node in first.items() if node is not None}
     inside -= set(targets.values())
-    last = max([*targets.values(), *(n for n in inside if _has_effect(n))], key=lambda n: order.get(n, -1))
-    for end, target in targets.items():
-        early = [
-            u
-            for u in target.users
-            if u not in inside and u not in targets.values() and order[u] < order[last]
-        ]
-        if early:
-            raise Reject(f"{early[0].name} uses the loop's result before the loop ends", end)
-    with graph.inserting_after(last):
-        place = last.next
+    place = _place_of_loop(site, inside, [*targets.values()], order)
     with graph.inserting_before(place):
         editor = _Editor(graph, values)
-        made = _inline(graph, traced, [editor.copy(node) for node in emit.leaves(site)], last)
+        given = [editor.copy(node) for node in emit.leaves(site)]
+        late = next((node for node in given if order.get(node, -1) >= order.get(place, len(order))), None)
+        if late is not None:
+            raise Reject(f"{place.name} uses the loop's result before {late.name} is there", site.root)
+        made = _inline(graph, traced, given, next(iter(targets.values())))
     gone = inside | set(targets.values())
     for (end, target), value in zip(targets.items(), made, strict=True):
         target.replace_all_uses_with(value, lambda user: user not in gone)
         values[end] = value
+
+
+def _place_of_loop(site: Site, inside: set[Node], targets: list[Node], order: dict[Node, int]) -> Node:
+    """Before what: after the loop's last write; or, where one end is used before another is written, that use."""
+    writes = [node for node in inside if _has_effect(node)]
+    written = {target for target in targets if any(target in write.all_input_nodes for write in writes)}
+    last = max([*targets, *writes], key=lambda node: order.get(node, -1))
+    made = max((order[target] for target in targets if target not in written), default=order[last])
+    early = {
+        user: target
+        for target in targets
+        for user in target.users
+        if user not in inside and user not in targets and order[user] < order[last]
+    }
+    for user, target in early.items():
+        if target in written or order[user] < made:
+            raise Reject(f"{user.name} uses the loop's result before the loop ends", site.root)
+    return min(early, key=order.__getitem__) if early else last.next
 
 
 def finish(shadow: Shadow, sites: Iterable[Site]) -> None:
