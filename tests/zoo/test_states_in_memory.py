@@ -1,12 +1,10 @@
 """A loop whose output is used before its last state is written to a cache: Mamba-2 with `use_cache`."""
 
-import pytest
 import torch
+import transformers
 from compiling import reports_after
 
 import attnopt
-
-transformers = pytest.importorskip("transformers")
 
 
 def test_a_state_may_be_written_to_a_cache_after_the_output_is_used() -> None:
