@@ -19,8 +19,9 @@ def _step_kernel(
     state_ptr, state_sb, state_sh, state_sk, state_sv,
     decay_ptr, decay_sb, decay_sh,
     out_ptr, scale, H, share, slices,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
+    """NEAR: a head's state spans less than 2^31 elements, so that its cells are addressed in 32 bits."""
     pid = tl.program_id(0)
     bh = pid // slices
     b = bh // H
@@ -35,7 +36,10 @@ def _step_kernel(
     k = tl.load(k_at, mask=d < D, other=0.0).to(tl.float32)
     v = tl.load(v_at, mask=dv < DV, other=0.0).to(tl.float32)
     state_at = state_ptr + offset(b, state_sb) + offset(h, state_sh)
-    state_at = state_at + offset(d, state_sk)[:, None] + offset(dv, state_sv)[None, :]
+    if NEAR:
+        state_at = state_at + (d * state_sk)[:, None] + (dv * state_sv)[None, :]
+    else:
+        state_at = state_at + offset(d, state_sk)[:, None] + offset(dv, state_sv)[None, :]
     state = tl.load(state_at, mask=inside, other=0.0, eviction_policy="evict_first")
     if decay_ptr is not None:
         g = tl.load(decay_ptr + offset(b, decay_sb) + offset(h, decay_sh)).to(tl.float32)
@@ -56,7 +60,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | Non
         _step_kernel[(batch * heads * slices,)](
             q, *q.stride(), k, *k.stride(), v, *v.stride(), state, *state.stride(),
             log_decay, *_decay_strides(log_decay), out, scale, heads, heads // k.shape[1], slices,
-            D=dim, DV=v.shape[2], BLOCK_D=next_power_of_two(dim), BLOCK_V=columns, num_warps=4,
+            D=dim, DV=v.shape[2], BLOCK_D=next_power_of_two(dim), BLOCK_V=columns, NEAR=_is_near(state), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -64,6 +68,11 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | Non
 def _columns(dim: int) -> int:
     """State columns per program: 4,096 cells, 32 registers a thread."""
     return max(16, 4096 // next_power_of_two(dim))
+
+
+def _is_near(state: Tensor) -> bool:
+    rows, columns = (next_power_of_two(size) for size in state.shape[2:])
+    return rows * abs(state.stride(2)) + columns * abs(state.stride(3)) < 2**31
 
 
 def _decay_strides(log_decay: Tensor | None) -> tuple[int, int]:
