@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import sympy
 from torch.fx import Node
 
-from attnopt.passes.mask_formula import Call, NotUnderstood, Number
+from attnopt.passes.mask_formula import Call, Data, NotUnderstood, Number
 from attnopt.passes.mask_numbers import is_constant
 from attnopt.passes.mask_reader import MaskReader
 from attnopt.passes.mask_writes import writes_after
@@ -81,6 +81,9 @@ def coefficient(reader: MaskReader, leaf: Number, roles: str = "h") -> Coefficie
 
 def find_tensor(reader: MaskReader, number: Number, allowed: str) -> Source | None:
     """The first tensor of the graph whose element is `number` everywhere, if it has positions of these kinds only."""
+    own = source_at(reader, number.node, number.index, allowed) if isinstance(number, Data) else None
+    if own is not None:
+        return own
     for (node, index), held in reader.seen.items():
         if isinstance(held, dict) and len(held) == 1 and number in held:
             found = source_at(reader, node, index, allowed)

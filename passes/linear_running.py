@@ -5,14 +5,45 @@ Mamba-2 reference (Dao and Gu 2024, arXiv:2405.21060, listing 1), which avoids t
 """
 
 import sympy
+from torch.fx import Node
 
-from attnopt.passes.mask_formula import AtMostZero, Call, Formula, NotUnderstood, Number, always
+from attnopt.passes.mask_algebra import KEY, QUERY
+from attnopt.passes.mask_formula import (
+    AtMostZero,
+    Call,
+    Data,
+    Formula,
+    Index,
+    Logic,
+    NotUnderstood,
+    Number,
+    always,
+)
 from attnopt.passes.mask_numbers import compute, moved
-from attnopt.passes.mask_reader import At, Value, as_numbers
+from attnopt.passes.mask_reader import At, MaskReader, Value, as_numbers
 from attnopt.passes.mask_rules import RULES
-from attnopt.passes.sizes import shape_of
+from attnopt.passes.sizes import Size, shape_of
 
 ZERO = sympy.Integer(0)
+
+
+class TokenReader(MaskReader):
+    """Takes a tensor over tokens as it is where reading on would find a choice, or part of another tensor.
+
+    The log decays of a length that was padded to whole chunks are 0 from some token on: that is a choice by position,
+    but none between a query and a key, and the graph holds a tensor of what was chosen.
+    """
+
+    def _interpret(self, node: Node, index: Index) -> Value:
+        value = super()._interpret(node, index)
+        of_tokens = not any(e.has(QUERY, KEY) for e in index)
+        is_choice = not isinstance(value, Formula) and (len(value) > 1 or any(map(_is_part, value)))
+        return always(Data(node, index)) if is_choice and of_tokens else value
+
+
+def _is_part(leaf: Number) -> bool:
+    """Whether a number comes from a place that is more than one position a dimension."""
+    return isinstance(leaf, Data) and not all(e.is_Symbol or e.is_Integer for e in leaf.index)
 
 
 def running_sum(at: At) -> Value:
@@ -44,7 +75,7 @@ def _of_data(at: At) -> Value:
     dim = at.args["dim"] % len(at.index)
     along = sympy.Symbol(f"{at.node.name}.position", integer=True, nonnegative=True)
     index = (*at.index[:dim], along, *at.index[dim + 1 :])
-    reader = at.reader.with_position(along, shape_of(source)[dim])
+    reader = _reader_of_tokens(at.reader, along, shape_of(source)[dim])
     cases = as_numbers(reader.logic, reader.element_at(source, index, at.node))
     at.value(source, at.index)  # so that the terms are known by their place in the graph
     terms = [leaf for leaf in cases if leaf != ZERO]
@@ -58,6 +89,12 @@ def _of_data(at: At) -> Value:
     whole = compute("sub", _up_to(term, along, end), _up_to(term, along, start - 1))
     # The difference is also right, namely 0, where the last position that does not count is the end itself.
     return at.logic.select(at.logic.at_most_zero(start - 1 - end), always(whole), always(ZERO))
+
+
+def _reader_of_tokens(reader: MaskReader, along: sympy.Symbol, count: Size) -> TokenReader:
+    return TokenReader(
+        Logic(reader.logic.bounds.with_position(along, count)), reader.rules, depth=reader.depth
+    )
 
 
 def _up_to(term: Number, along: sympy.Symbol, end: sympy.Expr) -> Number:

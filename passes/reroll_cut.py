@@ -9,8 +9,10 @@ from torch.fx import Node
 from attnopt.buffers import BUFFER
 from attnopt.passes.mask_writes import arguments
 from attnopt.passes.reroll_facts import MADE, Facts, is_number
+from attnopt.passes.reroll_pads import PADS, can_be_tried, fills_up
 from attnopt.passes.reroll_sizes import seen_shape, summed_sizes, taken_dim
 from attnopt.passes.reroll_state import used_outside
+from attnopt.passes.sizes import shape_of
 from attnopt.rule import Reject
 from attnopt.shadow import Shadow
 
@@ -46,7 +48,7 @@ class Cut:
 
     def __init__(self, shadow: Shadow, facts: Facts, root: Node, dim: int) -> None:
         self.shadow, self.facts, self.root, self.dim = shadow, facts, root, dim
-        self.length = seen_shape(root)[dim]
+        self.length, self.size = seen_shape(root)[dim], shape_of(root)[dim]
         self.lengths: set[int] = {self.length} - {1}
         self.outside: set[Node] = set()
         self.numbers: set[Node] = set()
@@ -100,7 +102,7 @@ class Cut:
             if is_number(node):
                 self.numbers.add(node)
                 continue
-            if node not in self.facts.depth:
+            if node not in self.facts.depth or self._fills_up(node):
                 self.outside.add(node)
                 continue
             inside.add(node)
@@ -137,7 +139,7 @@ class Cut:
 
     def _widen(self, node: Node) -> None:
         """Padding makes a sequence longer: lengths before and after it count positions alike."""
-        if self._name(node) not in ("constant_pad_nd", "pad", "slice") or self.length == 1:
+        if self._name(node) not in (*PADS, "slice") or self.length == 1:
             return
         before, after = seen_shape(node.all_input_nodes[0]), seen_shape(node)
         at = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
@@ -166,7 +168,7 @@ class Cut:
             or not isinstance(source.meta.get("val"), Tensor)
         ):
             return None
-        if self.facts.depth_of(source) > 0 or self._name(source) in ("cumsum", "constant_pad_nd", "pad"):
+        if self.facts.depth_of(source) > 0 or self._name(source) in ("cumsum", *PADS):
             return None
         return None if self._name(source) in MADE else source
 
@@ -181,10 +183,14 @@ class Cut:
             return True
         if self._name(node) == "cumsum":
             return self.length == 1 or seen_shape(node)[arguments(node)["dim"]] in self.lengths
-        if self._name(node) in ("constant_pad_nd", "pad"):
+        if self._name(node) in PADS and not self._fills_up(node):
             pairs = zip(seen_shape(node), seen_shape(node.all_input_nodes[0]), strict=True)
             return any(a in self.lengths and a != b for a, b in pairs)
         return False
+
+    def _fills_up(self, node: Node) -> bool:
+        """Whether the node pads a whole sequence to the root's own length: then that is the sequence."""
+        return self.facts.depth_of(node) == 0 and fills_up(node, self.size)
 
     def _reached(self, order: Iterable[Node], begins: Callable[[Node], bool]) -> set[Node]:
         """Nodes that begin something, or come after one that does; through memory that is written to as well."""
@@ -267,7 +273,7 @@ class Cut:
     def _is_loop(self, nodes: Sequence[Node], leaves: set[Node]) -> bool:
         """Whether sequences are taken apart here, or several products added; a single product is another rule's."""
         whole = sum(bool(self.lengths.intersection(seen_shape(n))) for n in leaves)
-        if self.length != 1 and whole < 2:
+        if (self.length != 1 and whole < 2) or not can_be_tried(leaves, self.length):
             return False
         products = sum(n in self.facts.products for n in nodes)
         if self.length == 1:
