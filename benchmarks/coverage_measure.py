@@ -12,7 +12,7 @@ import coverage_count as count
 import torch
 from coverage_compare import DRAWS, Result, differences, disproof
 from coverage_modes import DTYPES, Mode
-from coverage_rounding import Redrawn, Widened, in_double, widen
+from coverage_rounding import Redrawn, Widened, as_it_is, in_double, widen, widened_outside
 from coverage_subjects import Prepared, Subject
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -97,18 +97,21 @@ def _judge(row: Row, held: Prepared, wide: Prepared, mode: Mode, compiled: Resul
     if exact is None or proof is None:
         row.wrong = suspects
         return
-    draws = [eager]
-    if suspects or disproof(proof, exact, draws, dtype):
-        draws += [_redrawn(held, mode, seed) for seed in range(DRAWS)]
-    row.wrong = differences(compiled, draws, exact, dtype) + disproof(proof, exact, draws, dtype)
+    draws = [eager, *(_redrawn(held, mode) if suspects else ())]
+    with in_double(), Widened():
+        wider = _redrawn(wide, mode) if disproof(proof, exact, ()) else []
+    row.wrong = differences(compiled, draws, exact, dtype) + disproof(proof, exact, wider)
     row.proven = not row.wrong
     if row.proven:
         row.notes += [f"rounding alone: {suspect}" for suspect in suspects]
 
 
-def _redrawn(held: Prepared, mode: Mode, seed: int) -> Result:
-    with Redrawn(seed):
-        return run(held, held.model, mode)
+def _redrawn(held: Prepared, mode: Mode) -> list[Result]:
+    draws = []
+    for seed in range(DRAWS):
+        with Redrawn(seed):
+            draws.append(run(held, held.model, mode))
+    return draws
 
 
 def _in_fp64(row: Row, wide: Prepared, mode: Mode) -> Result | None:
@@ -117,7 +120,8 @@ def _in_fp64(row: Row, wide: Prepared, mode: Mode) -> Result | None:
     torch._dynamo.reset()
     try:
         with in_double():
-            got = run(wide, torch.compile(wide.model, backend=backend, dynamic=mode.dynamic), mode)
+            compiled = torch.compile(wide.model, backend=as_it_is(backend), dynamic=mode.dynamic)
+            got = run(wide, widened_outside(compiled), mode)
     except Exception as problem:  # noqa: BLE001 - as in `_compile`; the row says that there is no proof
         row.notes.append(f"not compiled in fp64: {type(problem).__name__}: {str(problem)[:100]}")
         return None
@@ -215,7 +219,7 @@ class _Counting:
             self.ran.append(report)
             return compiled(*args)
 
-        return call
+        return as_it_is(call)
 
     def verdicts(self) -> dict[str, int]:
         """Of the sites that ran."""

@@ -114,9 +114,9 @@ Neither count of sites asks attnopt.
 
 An output or gradient is compared with the same model in fp64 throughout, in its worst and its median row: at most four
 times eager's error, or the rounding of the dtype at the size of the largest row. What exceeds this is wrong unless the
-rewritten program, run in fp64, equals eager's in fp64 (up to four times what eager's own roundings do to that number,
-scaled to fp64), and its error is at most four times the worst of eight runs of eager with redrawn roundings. Those are
-listed under "Rounding alone"."""
+rewritten program, run in fp64, equals eager's in fp64 (up to four times what eight runs of eager in
+fp64 with redrawn roundings do to that number), and its error is at most four times the worst of eight such runs of
+eager in its dtype. Those are listed under "Rounding alone"."""
 
 _WHY: Mapping[str, str] = {
     "Crashes": "An exception inside attnopt, or in the compiled model where Dynamo alone succeeds.",

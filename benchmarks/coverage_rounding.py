@@ -1,11 +1,11 @@
 """What rounding can do to a model: its program in fp64 throughout, and eager with its own roundings drawn anew.
 
-Both tell a wrong rewrite from an ill-conditioned number. The fp64 program shows what the rewrite computes, free of
-roundings; redrawn roundings (Monte Carlo arithmetic: D. S. Parker, UCLA CSD-970002, 1997) show how far eager itself may
-be off, of which a single run is but one draw.
+Both tell a wrong rewrite from an ill-conditioned number. The fp64 program shows what the rewrite computes, all but free
+of roundings; redrawn roundings (Monte Carlo arithmetic: D. S. Parker, UCLA CSD-970002, 1997) show how far eager itself
+may be off, in its own dtype and in fp64, of which a single run is but one draw.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
 #: What a rewritten site is made of, forwards and backwards: here a rewrite rounds otherwise than eager does.
@@ -50,6 +50,38 @@ class Widened(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
         return func(*_widened(args), **_widened(kwargs or {}))
+
+
+class _Outside(TorchDispatchMode):
+    """As `Widened`, for what Dynamo leaves to Python, and not for Dynamo to read: it would put it into its graphs."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles nothing under other modes."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*_widened(args), **_widened(kwargs or {}))
+
+
+def widened_outside(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled model whose code between two graphs says float64, too, where it says float32."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _Outside():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that nothing is changed in where a model is widened around it: what attnopt does, and its calls."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

@@ -53,3 +53,11 @@ def test_a_router_is_left_alone_with_a_reason() -> None:
     row = measure(subject("MixtralForCausalLM"), Mode(), peers=False)
     assert row.verdicts == {"rewritten": 2, "rejected": 2}
     assert all(reason for _, _, reason, _, _ in row.left)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_model_that_is_partly_left_to_python_is_proven_in_fp64() -> None:
+    """Zaya's residual stream is fp32 by name; its experts have a loop in fp64, which leaves the model to Python."""
+    torch.set_num_threads(1)
+    row = measure(subject("ZayaForCausalLM"), Mode(training=True), peers=False)
+    assert (row.wrong, row.proven, row.verdicts["rewritten"]) == ([], True, 2), row.notes
