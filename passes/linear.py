@@ -117,6 +117,8 @@ def _prove(found: Structure, ending: Ending, roles: Roles) -> Proven:
         return Proven(weights, weights.scale)
     total = SumReader(found.space, frozenset({found.trio.q.node, found.trio.k.node})).read(divisor.sum)
     summed = reader.read(as_site_axes(found.space, total, found.trio))
+    if not summed.agrees_with(weights):  # unless the sum has the factors of the output as well
+        weights = weights.factors_first()
     if not summed.agrees_with(weights):
         raise Reject(
             "what the output is divided by sums other weights than those of the values", divisor.sum.node, 2
@@ -150,9 +152,10 @@ class _Reading:
 def _build(shadow: Shadow, r: _Reading) -> Site:
     spec, operands, root = _spec(r), _operands(r), r.ending.root
     interior = frozenset((*r.found.weighting.path, *r.ending.path, *_dependent(r)))
-    _check(operands, spec, root)
+    _check(operands, r.proven.weights.on_out, spec, root)
     _check_path(r)
-    result = Result(r.roles, r.found.space.resolve(r.ending.out), root.meta["val"].dtype)
+    times = r.proven.weights.on_out
+    result = Result(r.roles, r.found.space.resolve(r.ending.out), root.meta["val"].dtype, times=times)
     return Site(
         LinearRule.name,
         root,
@@ -223,14 +226,16 @@ def _dependent(r: _Reading) -> list[Node]:
     return [node for node in beside if node in inside]
 
 
-def _check(operands: dict[str, Operand | Filled], spec: AttentionSpec, root: Node) -> None:
+def _check(
+    operands: dict[str, Operand | Filled], factors: tuple[Operand, ...], spec: AttentionSpec, root: Node
+) -> None:
     tensors = {name: o for name, o in operands.items() if isinstance(o, Operand)}
     devices = {o.node.meta["val"].device for o in tensors.values()}
     if len(devices) != 1:
         raise Reject(f"operands on different devices: {', '.join(sorted(map(str, devices)))}", root)
     if set(operands) != set(spec.operand_names()):
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", root)
-    check_unmutated(tensors, root)
+    check_unmutated({**tensors, **{f"factor {n} of the output": o for n, o in enumerate(factors)}}, root)
 
 
 def _check_path(r: _Reading) -> None:

@@ -48,8 +48,8 @@ class Triangle:
 class Weighting:
     """value = scale * (product of tensors) * factors / divisors, and 0 where a gate or a triangle says so.
 
-    path: the nodes that do all this. beside: nodes that make the zeros. strange: what was met on the way that no linear
-    attention has, as (reason, node).
+    outer: tensors that are multiplied onto the product of the weights and the values. path: the nodes that do all this.
+    beside: nodes that make the zeros. strange: what was met on the way that no linear attention has, as (reason, node).
     """
 
     scale: float = 1.0
@@ -60,6 +60,7 @@ class Weighting:
     path: tuple[Node, ...] = ()
     beside: tuple[Node, ...] = ()
     strange: tuple[tuple[str, Node], ...] = ()
+    outer: tuple[End, ...] = ()
 
     def times(self, number: float) -> "Weighting":
         """The same with a larger scale."""

@@ -132,6 +132,29 @@ def _is_shared(form: Product, letter: str) -> bool:
     return all(counted) or (len(counted) == 2 and not any(counted))
 
 
+def multiplied_last(form: Product) -> frozenset[int]:
+    """The places of the terms that are multiplied onto the finished sums, in the order in which PyTorch multiplies.
+
+    An infinite factor makes NaN of sums that it enters, where the finished sum times infinity is infinite.
+    """
+    summed = {n for n, (_, letters) in enumerate(form.terms) if any(_is_summed(form, x) for x in letters)}
+    groups, last = [{n} for n in range(len(form.terms))], set[int]()
+    for a, b in _pairs(form):
+        second, first = (groups.pop(n) for n in sorted((a, b), reverse=True))
+        last |= next((new for new, old in ((first, second), (second, first)) if summed <= old), set())
+        groups.append(first | second)
+    return frozenset(last)
+
+
+def _pairs(form: Product) -> list[tuple[int, int]]:
+    """Which two of the tensors that are left are multiplied next; their product becomes the last of them."""
+    path = form.node.kwargs.get("path") if form.node.target == aten.einsum.default else None
+    if path:
+        return list(zip(path[::2], path[1::2], strict=True))  # type: ignore[index, arg-type]
+    left = len(form.terms)
+    return [(0, 1), *((0, n - 1) for n in range(left - 1, 1, -1))]
+
+
 def ends_of(space: Space, form: Product, out: Dims) -> tuple[End, ...]:
     """The terms with their dimensions, given those of the result; summed letters become fresh axes."""
     known: dict[str, Axes] = dict(zip(form.out, out, strict=True))

@@ -9,8 +9,15 @@ from attnopt.passes.constants import constant
 from attnopt.passes.layout import CASTS, Axis, Dims, Space, step_down
 from attnopt.passes.linear_chain import Gate, Weighting, end_of, leads_to_product, read_chain
 from attnopt.passes.linear_norm import Divisor, inverse_of, read_divisor
-from attnopt.passes.linear_product import End, Product, ends_of, plain_product_of, product_of
-from attnopt.passes.linear_roles import Trio, cheapest, is_weight, trios
+from attnopt.passes.linear_product import (
+    End,
+    Product,
+    ends_of,
+    multiplied_last,
+    plain_product_of,
+    product_of,
+)
+from attnopt.passes.linear_roles import Base, Trio, cheapest, is_weight, trios
 from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.site import flat
 from attnopt.passes.sizes import shape_of
@@ -62,6 +69,7 @@ def _structure(shadow: Shadow, form: Product, place: int | None) -> Structure | 
     space = Space()
     out = tuple(space.fresh(size) for size in shape_of(form.node))
     ends, weighting = list(ends_of(space, form, out)), Weighting(form.factor, path=form.inner)
+    last = [ends[n] for n in multiplied_last(form)]
     try:
         if place is not None:
             inner = ends.pop(place)
@@ -73,16 +81,26 @@ def _structure(shadow: Shadow, form: Product, place: int | None) -> Structure | 
     if not readings or not all(b.node.meta["val"].dtype.is_floating_point for b in readings[0].bases):
         return None
     trio = cheapest(readings, space.resolve(out))
-    others = tuple(replace(base.end, node=base.node, dims=base.dims) for base in trio.others)
+    others, outer = (
+        tuple(_peeled(b) for b in trio.others if (b.end in last) is late) for late in (False, True)
+    )
     scale = weighting.scale
     for base in (*trio.bases, *trio.others):
         scale *= base.factor
     strange = tuple((_PER_FEATURE, base.node) for base in trio.gates)
     weighting = replace(
-        weighting, scale=scale, factors=weighting.factors + others, strange=weighting.strange + strange
+        weighting,
+        scale=scale,
+        factors=weighting.factors + others,
+        strange=weighting.strange + strange,
+        outer=outer,
     )
     depth = PROVEN if _is_plainly_attention(shadow, trio) else -1
     return Structure(space, form.node, out, trio, weighting, depth)
+
+
+def _peeled(base: Base) -> End:
+    return replace(base.end, node=base.node, dims=base.dims)
 
 
 def _is_plainly_attention(shadow: Shadow, trio: Trio) -> bool:
@@ -92,7 +110,7 @@ def _is_plainly_attention(shadow: Shadow, trio: Trio) -> bool:
 
 def axes_of(space: Space, found: Weighting) -> frozenset[Axis]:
     """All axes of what is done to the weights."""
-    tensors: list[End | Gate] = [*found.factors, *found.divisors, *found.gates]
+    tensors: list[End | Gate] = [*found.factors, *found.outer, *found.divisors, *found.gates]
     dims = [*(x.dims for x in tensors), *((t.rows, t.columns) for t in found.triangles)]
     return frozenset(a for each in dims for a in flat(space, each))
 
@@ -122,11 +140,14 @@ def endings(shadow: Shadow, found: Structure) -> Iterator[Ending]:
         yield Ending(
             found.root, found.out, replace(weighting, divisors=rest), divisor=read_divisor(found.space, end)
         )
-    for place, end in enumerate(weighting.factors):
+    for end in (*weighting.factors, *weighting.outer):
         inverse = inverse_of(found.space, end)
         if inverse is not None:
-            rest = (*weighting.factors[:place], *weighting.factors[place + 1 :])
-            yield Ending(found.root, found.out, replace(weighting, factors=rest), divisor=inverse)
+            factors, outer = (
+                tuple(x for x in xs if x is not end) for xs in (weighting.factors, weighting.outer)
+            )
+            others = replace(weighting, factors=factors, outer=outer)
+            yield Ending(found.root, found.out, others, divisor=inverse)
     yield Ending(found.root, found.out, weighting)
 
 

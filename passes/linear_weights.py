@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 
@@ -73,7 +73,8 @@ _PARTS = frozenset(
 class Weights:
     """weights = scale * q k^T * decay where visible, q and k multiplied by their factors before.
 
-    operands: the tensors that the mask and the decay name.
+    operands: the tensors that the mask and the decay name. on_out: factors of the queries that the output is multiplied
+    by.
     """
 
     scale: float = 1.0
@@ -82,13 +83,18 @@ class Weights:
     operands: Mapping[str, Operand | Filled] = field(default_factory=dict)
     on_q: tuple[Operand, ...] = ()
     on_k: tuple[Operand, ...] = ()
+    on_out: tuple[Operand, ...] = ()
 
     def agrees_with(self, other: "Weights") -> bool:
-        """Whether they are the same but for the scale."""
+        """Whether they are the same but for the scale and what the output is multiplied by."""
         mine, theirs = (
             (w.mask, w.decay, dict(w.operands), Counter(w.on_q), Counter(w.on_k)) for w in (self, other)
         )
         return mine == theirs
+
+    def factors_first(self) -> "Weights":
+        """The same with all factors of the queries on q."""
+        return replace(self, on_q=self.on_q + self.on_out, on_out=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,13 @@ class WeightsReader:
 
     def read(self, found: Weighting) -> Weights:
         """Raises Reject for a tensor over pairs of positions that is not proven to be a mask or a decay."""
+        inner = self._read(found)
+        scale, on_out, *others = self._sorted(Weighting(factors=found.outer))
+        if any(others):
+            raise Reject("the output is multiplied by a tensor that varies along keys", found.outer[0].node)
+        return replace(inner, scale=inner.scale * scale, on_out=on_out)
+
+    def _read(self, found: Weighting) -> Weights:
         scale, on_q, on_k, pairs = self._sorted(found)
         gates = [Fill(gate.node, gate.dims, -inf, gate.hides) for gate in found.gates]
         hidden = LogitsReader(self.space, self.roles).read(gates, ())
@@ -112,7 +125,7 @@ class WeightsReader:
             apart = taken_apart(self.space, found)
             if apart is None:
                 raise
-            return self.read(apart)
+            return self._read(apart)
         decay: Mapping[str, Operand | Filled] = {}
         if reading.log_decay is not None:
             decay = {"log_decay": log_decay_operand(reading, self.roles)}

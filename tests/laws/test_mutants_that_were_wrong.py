@@ -114,6 +114,13 @@ def sums_divided_by_a_triangle(q: Tensor, k: Tensor, v: Tensor, rate: Tensor) ->
     return (q @ k.mT * ((decay.sum(-1, keepdim=True) + decay.sum(-2, keepdim=True)) / decay)) @ v
 
 
+@was_wrong(training=False)
+def outputs_times_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    total = torch.dropout(torch.einsum("bhld,bhd->bhl", q, k.sum(2)) + 1e-6, 1.0, train=True)
+    return torch.einsum("bhld,bhdv,bhl->bhlv", q, k.mT @ (v / S), 1 / total) * S
+
+
 def token_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     state, out = torch.zeros(B, H, D, D, dtype=q.dtype), []
     for n in range(S):
