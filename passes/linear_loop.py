@@ -14,9 +14,10 @@ function of its operands.
 
 By checking: which function that is. Roles come from its Jacobian, the decay from its weights, both measured at
 random points in fp64; then the loop is compared with the recurrence above at other random points, at the graph's own
-sizes. Two analytic functions that differ at all differ almost everywhere, so agreement at random points says that they
-are one, up to the 1e-9 of the comparison; the trials draw decays so gentle that the first position still counts at the
-last one. Where a length is symbolic the graph's guards fix the number of turns of the loop, and two lengths are tried.
+sizes, but that of what it treats alike (batch, heads, features of values) only a few elements are tried. Two analytic
+functions that differ at all differ almost everywhere, so agreement at random points says that they are one, up to the
+1e-9 of the comparison; the trials draw decays so gentle that the first position still counts at the last one. Where a
+length is symbolic the graph's guards fix the number of turns of the loop, and two lengths are tried.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +27,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.linear_loop_alike import Shapes
 from attnopt.passes.linear_loop_constants import check_constants
 from attnopt.passes.linear_loop_decay import Found, differing_head, find, measure
-from attnopt.passes.linear_loop_probe import Draw, Trial, patterns, run
+from attnopt.passes.linear_loop_few import few
+from attnopt.passes.linear_loop_probe import Draw, Trial, patterns, probe, run
 from attnopt.passes.linear_loop_reading import Reading, moved, normal_form
 from attnopt.passes.linear_loop_roles import Cast, Labels, cast_of, label
 from attnopt.passes.linear_loop_site import NAME, build, check_trials
@@ -49,7 +52,7 @@ aten = torch.ops.aten
 _KEY = "attnopt_loops"
 #: The depth of a Reject from which on it is certain that a loop is a recurrence with queries, keys and values.
 SURE = 2
-#: More numbers than the tensors that enter a loop may hold, for trials at the graph's own sizes.
+#: More numbers than the tensors that enter a loop may hold in a trial.
 LARGEST = 2**28
 
 
@@ -131,7 +134,6 @@ def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
     """The site of one region; `known`: what equal ones were read as. Raises Reject."""
     if not region.leaks:
         _check_smooth(region)
-    _check_size(region)
     tables = tuple(tables_of(shadow, region.leaves))
     key, order = normal_form(region, tables)
     if key not in known:
@@ -145,9 +147,11 @@ def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
 
 def _read_and_try(region: Region, tables: tuple[Table, ...]) -> "Reading | Reject":
     try:
+        shapes = few(region, tables)
+        _check_size(region, shapes)
         with torch.inference_mode(mode=False), torch.enable_grad():
-            reading = _read_roles(region, tables)
-        check_constants(region)
+            reading = _read_roles(region, tables, shapes)
+        check_constants(region, shapes)
         check_trials(reading, build(reading))
     except Reject as reject:
         return reject
@@ -156,8 +160,8 @@ def _read_and_try(region: Region, tables: tuple[Table, ...]) -> "Reading | Rejec
     return reading
 
 
-def _read_roles(region: Region, tables: tuple[Table, ...]) -> Reading:
-    trial = run(region, tables, Draw(10), gradients=True)
+def _read_roles(region: Region, tables: tuple[Table, ...], shapes: Shapes) -> Reading:
+    trial = run(region, tables, Draw(10), shapes, gradients=True)
     cast = cast_of(region, trial, tables)
     if region.leaks:
         raise Reject("several inner values of the loop are used outside it", region.root, SURE)
@@ -168,7 +172,7 @@ def _read_roles(region: Region, tables: tuple[Table, ...]) -> Reading:
     if decay is not None and decay.function == "log" and decay.node is not None:
         _check_positive(region, decay.node)
     state = None if region.state is None else _state_dims(region, trial, cast, labels)
-    return Reading(region, tables, cast, labels, decay, measured.scale, state)
+    return Reading(region, tables, cast, labels, decay, measured.scale, state, shapes)
 
 
 def _check_smooth(region: Region) -> None:
@@ -196,9 +200,8 @@ def _check_smooth(region: Region) -> None:
             )
 
 
-def _check_size(region: Region) -> None:
-    shapes = [[hint(size) for size in leaf.meta["val"].shape] for leaf in region.leaves]
-    if sum(map(prod, shapes)) > LARGEST:
+def _check_size(region: Region, shapes: Shapes) -> None:
+    if sum(prod(map(hint, shapes.get(leaf, leaf.meta["val"].shape))) for leaf in region.leaves) > LARGEST:
         raise Reject("a loop over positions that is too large to be tried out", region.root, SURE)
 
 
@@ -259,7 +262,7 @@ def _state_dims(region: Region, trial: Trial, cast: Cast, labels: Labels) -> tup
     state = region.state
     if state is None or not isinstance(trial.values.get(state), Tensor):
         raise Reject("an inner value of the loop is used outside it, and it is not its last state", state, 2)
-    found = patterns(trial, state, [cast.k, cast.v], -1)
+    found = patterns(trial.values[state].shape, probe(trial, state, [cast.k, cast.v], -1))
     axes: dict[int, object] = {}
     for leaf in (cast.k, cast.v):
         for pattern, dims in zip(found[leaf] or (), labels.by[leaf], strict=False):

@@ -3,7 +3,7 @@
 Positions in bf16 end at 256, where a running sum of ones stops growing; what is decided by them is another mask then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from attnopt.passes.linear_loop_alike import Shapes
 from attnopt.passes.linear_loop_probe import Draw, sizes_of, symbols_of
 from attnopt.passes.mask_numbers import WIDE
-from attnopt.passes.replay import evaluate
+from attnopt.passes.replay import evaluate, resized
 from attnopt.passes.reroll_cut import Region
 from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.sizes import Concrete
@@ -23,16 +24,18 @@ from attnopt.rule import Reject
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 
 
-def check_constants(region: Region) -> None:
+def check_constants(region: Region, shapes: Shapes) -> None:
     """Raises Reject where the graph rounds what its masks and decays are made of, and the trials do not.
 
     Where a length is symbolic, it must not be rounded at any: positions in a half type are, from some length on.
+    shapes: of tensors that need fewer elements than they have.
     """
     constant = tuple(_constant(region))
     sizes = sizes_of(region, Draw(0))
     numbers = {node: sizes.of(node.meta["val"]) for node in region.numbers}
-    wide = evaluate(constant, numbers, sizes)
-    held = _as_held(constant, numbers, sizes)
+    wanted = {node: [sizes.of(size) for size in shape] for node, shape in shapes.items()}
+    wide = evaluate(constant, numbers, sizes, wanted)
+    held = _as_held(constant, numbers, sizes, wanted)
     for node in constant:
         if not isinstance(held[node], Tensor):
             continue
@@ -54,11 +57,14 @@ def _constant(region: Region) -> Iterator[Node]:
             yield node
 
 
-def _as_held(nodes: tuple[Node, ...], numbers: dict[Node, int], sizes: Concrete) -> dict[Node, Any]:
+def _as_held(
+    nodes: tuple[Node, ...], numbers: dict[Node, int], sizes: Concrete, shapes: Mapping[Node, Sequence[int]]
+) -> dict[Node, Any]:
     """Their values in the graph's own types."""
     known: dict[Node, Any] = dict(numbers)
     for node in nodes:
         args, kwargs = pytree.tree_map(lambda x: _argument(x, known, sizes), (node.args, dict(node.kwargs)))
+        args = resized(node, args, shapes[node]) if node in shapes else args
         known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.linear_loop_alike import Shapes
 from attnopt.passes.linear_loop_tables import Table
 from attnopt.passes.replay import evaluate
 from attnopt.passes.reroll_cut import Region
@@ -75,28 +76,33 @@ def symbols_of(region: Region) -> frozenset[Any]:
     return frozenset(s.node.expr for s in held if s.node.expr.is_Symbol and hint(s) == region.length)
 
 
-def run(region: Region, tables: Sequence[Table], how: Draw, *, gradients: bool = False) -> Trial:
-    """The region at random values of its leaves; tables follow from the decay that they hold powers of."""
+def run(
+    region: Region, tables: Sequence[Table], how: Draw, shapes: Shapes, *, gradients: bool = False
+) -> Trial:
+    """The region at random values of its leaves; tables follow from the decay that they hold powers of.
+
+    shapes: of tensors that are to have other ones than in the graph.
+    """
     sizes, generator = sizes_of(region, how), torch.Generator().manual_seed(how.seed)
+    wanted = {node: [sizes.of(size) for size in shape] for node, shape in shapes.items()}
     exponents = {*in_exponents(region), *(t.base for t in tables)}
     held = {table.node for table in tables}
     given: dict[Node, Tensor] = {}
     for leaf in (*region.leaves, *(t.base for t in tables)):
         if leaf not in held and leaf not in given:
-            shape = [sizes.of(size) for size in leaf.meta["val"].shape]
+            shape = wanted.get(leaf) or [sizes.of(size) for size in leaf.meta["val"].shape]
             if leaf in how.factors:
                 given[leaf] = _drawn(shape, generator, region, how, logged=True).exp()
             else:
                 given[leaf] = _drawn(shape, generator, region, how, logged=leaf in exponents)
     for table in tables:
-        given[table.node] = table.formula(
-            [sizes.of(s) for s in table.node.meta["val"].shape], given[table.base]
-        )
+        shape = wanted.get(table.node) or [sizes.of(s) for s in table.node.meta["val"].shape]
+        given[table.node] = table.formula(shape, given[table.base])
     if gradients:
         given = {leaf: value.requires_grad_() if leaf not in held else value for leaf, value in given.items()}
     numbers = {node: sizes.number(node.meta["val"]) for node in region.numbers}
     with torch.set_grad_enabled(gradients):
-        values = evaluate(region.nodes, {**given, **numbers}, sizes)
+        values = evaluate(region.nodes, {**given, **numbers}, sizes, wanted)
     return Trial(values, given)
 
 
@@ -141,19 +147,37 @@ def indices(shape: Sequence[int], dim: int) -> tuple[tuple[int, ...], tuple[int,
     return tuple(pairs[d][0] for d in order), tuple(pairs[d][1] for d in order)
 
 
-def patterns(
-    trial: Trial, end: Node, leaves: Sequence[Node], dim: int
-) -> dict[Node, tuple[Pattern, ...] | None]:
-    """What each dimension of each leaf has to do with the tensor `end`; None for a leaf that has nothing."""
-    out = trial.values[end]
-    probes = indices(out.shape, dim)
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One element of an output, `at` these indices, and its derivative by each tensor (None: it has none)."""
+
+    at: tuple[int, ...]
+    value: float
+    slopes: Mapping[Node, Tensor | None]
+
+
+def probe(trial: Trial, end: Node, leaves: Sequence[Node], dim: int) -> tuple[Probe, Probe]:
+    """Two elements of the tensor `end`, as `indices` has them."""
+    first, second = indices(trial.values[end].shape, dim)
+    return _probe(trial, end, leaves, first), _probe(trial, end, leaves, second)
+
+
+def _probe(trial: Trial, end: Node, leaves: Sequence[Node], at: tuple[int, ...]) -> Probe:
     free = [leaf for leaf in leaves if trial.given[leaf].requires_grad]
-    inputs = [trial.given[leaf] for leaf in free]
-    grads = [torch.autograd.grad(out[at], inputs, retain_graph=True, allow_unused=True) for at in probes]
-    shape = tuple(out.shape)
+    element = trial.values[end][at]
+    found = torch.autograd.grad(
+        element, [trial.given[leaf] for leaf in free], retain_graph=True, allow_unused=True
+    )
+    return Probe(at, float(element.detach()), dict(zip(free, found, strict=True)))
+
+
+def patterns(shape: Sequence[int], probes: tuple[Probe, Probe]) -> dict[Node, tuple[Pattern, ...] | None]:
+    """What each dimension of each leaf has to do with an output of that shape; None for a leaf that has nothing."""
+    first, second = probes
     found: dict[Node, tuple[Pattern, ...] | None] = {}
-    for leaf, first, second in zip(free, *grads, strict=True):
-        found[leaf] = None if first is None or second is None else _pattern((first, second), probes, shape)
+    for leaf, slope in first.slopes.items():
+        grads = [grad for grad in (slope, second.slopes[leaf]) if grad is not None]
+        found[leaf] = _pattern(grads, (first.at, second.at), tuple(shape)) if len(grads) == 2 else None
     return found
 
 
@@ -188,17 +212,13 @@ def _of_dimension(
     return ALL if all(r == tuple(range(size)) for r in reached) else OTHER
 
 
-def is_linear_in(trial: Trial, end: Node, leaves: Sequence[Node], dim: int) -> bool:
+def is_linear_in(trial: Trial, found: Probe, leaves: Sequence[Node]) -> bool:
     """Whether the output is linear in these tensors together, by Euler's theorem: the sum of x * d out / d x is out."""
-    out = trial.values[end]
-    at = indices(out.shape, dim)[0]
-    inputs = [trial.given[leaf] for leaf in leaves]
-    grads = torch.autograd.grad(out[at], inputs, retain_graph=True, allow_unused=True)
-    total = sum(
-        (float((g * x).sum().detach()) for g, x in zip(grads, inputs, strict=True) if g is not None), 0.0
-    )
-    value = float(out[at].detach())
-    return abs(total - value) <= 1e-9 * max(abs(value), 1e-30)
+    pairs = [
+        (trial.given[leaf].detach(), slope) for leaf in leaves if (slope := found.slopes[leaf]) is not None
+    ]
+    total = sum((float((x * slope).sum()) for x, slope in pairs), 0.0)
+    return abs(total - found.value) <= 1e-9 * max(abs(found.value), 1e-30)
 
 
 def gradient(trial: Trial, total: Tensor, leaf: Node) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from attnopt.passes.linear_loop_alike import Shapes
 from attnopt.passes.linear_loop_decay import Found
 from attnopt.passes.linear_loop_roles import Cast, Labels
 from attnopt.passes.linear_loop_tables import Table
@@ -16,7 +17,7 @@ from attnopt.passes.reroll_cut import Region
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One region, read completely."""
+    """One region, read completely. shapes: of the tensors of which trials need fewer elements."""
 
     region: Region
     tables: tuple[Table, ...]
@@ -25,11 +26,17 @@ class Reading:
     decay: Found | None
     scale: float
     state_dims: tuple[object, ...] | None
+    shapes: Shapes
 
 
 def normal_form(region: Region, tables: Sequence[Table]) -> tuple[str, tuple[Node, ...]]:
-    """The region as text, equal for equal ones, and its nodes in the order in which the text numbers them."""
-    entering = dict.fromkeys((*region.leaves, *(t.base for t in tables), *region.numbers))
+    """The region as text, equal for equal ones, and its nodes in the order in which the text numbers them.
+
+    What enters is numbered as it is used: one layer may share with another what was computed before its own.
+    """
+    given = {*region.leaves, *(t.base for t in tables), *region.numbers}
+    used = (source for node in region.nodes for source in node.all_input_nodes if source in given)
+    entering = dict.fromkeys((*used, *region.leaves, *(t.base for t in tables), *region.numbers))
     inside = [n for n in region.nodes if n not in entering]
     order = tuple(dict.fromkeys((*entering, *inside, *([region.state] if region.state is not None else []))))
     number = {node: n for n, node in enumerate(order)}
@@ -72,4 +79,5 @@ def moved(found: Reading, region: Region, tables: tuple[Table, ...], to: Mapping
     decay = found.decay
     if decay is not None and decay.node is not None:
         decay = replace(decay, node=to[decay.node])
-    return replace(found, region=region, tables=tables, cast=own, labels=labels, decay=decay)
+    shapes = {to[n]: shape for n, shape in found.shapes.items()}
+    return replace(found, region=region, tables=tables, cast=own, labels=labels, decay=decay, shapes=shapes)

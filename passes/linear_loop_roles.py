@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from attnopt.passes.layout import Axes, Axis, Dims
-from attnopt.passes.linear_loop_probe import ALL, ONE, OTHER, Pattern, Trial, is_linear_in, patterns
+from attnopt.passes.linear_loop_probe import (
+    ALL,
+    ONE,
+    OTHER,
+    Pattern,
+    Probe,
+    Trial,
+    is_linear_in,
+    patterns,
+    probe,
+)
 from attnopt.passes.linear_loop_tables import Table
 from attnopt.passes.reroll_cut import Region
 from attnopt.passes.site import Roles
@@ -37,19 +47,32 @@ def cast_of(region: Region, trial: Trial, tables: Sequence[Table]) -> Cast:
     """The roles. Raises Reject, naming the recurrence where it is a known one of another kind."""
     held = {table.node for table in tables}
     free = [leaf for leaf in region.leaves if leaf not in held]
-    found = patterns(trial, region.root, free, region.dim)
+    probes = probe(trial, region.root, free, region.dim)
+    found = patterns(trial.values[region.root].shape, probes)
     known = {leaf: p for leaf, p in found.items() if p is not None}
     rank = len(shape_of(region.root))
     reasons: list[Reject] = []
     for features in sorted(set(range(rank)) - {region.dim}, reverse=True):
         try:
-            return _cast(region, trial, known, features)
+            return _cast(region, _Measured(trial, probes[0]), known, features)
         except Reject as reject:
             reasons.append(reject)
     raise max(reasons, key=lambda reject: reject.depth)
 
 
-def _cast(region: Region, trial: Trial, known: Mapping[Node, Patterns], features: int) -> Cast:
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A trial, and one element of its output."""
+
+    trial: Trial
+    element: Probe
+
+    def is_linear_in(self, leaves: Sequence[Node]) -> bool:
+        """Whether the output is linear in these tensors together."""
+        return is_linear_in(self.trial, self.element, leaves)
+
+
+def _cast(region: Region, measured: _Measured, known: Mapping[Node, Patterns], features: int) -> Cast:
     """The roles if that dimension of the output holds features. Raises Reject."""
     dim, single = region.dim, region.length == 1
     wide = {leaf: p for leaf, p in known.items() if p.count(ALL) == 1 and OTHER not in p}
@@ -64,9 +87,9 @@ def _cast(region: Region, trial: Trial, known: Mapping[Node, Patterns], features
     gates = tuple(n for n, p in known.items() if n not in chosen and spread[n] and not {ALL, OTHER} & set(p))
     others = tuple(n for n in known if n not in chosen and n not in gates)
     if not single:
-        _check_kind(region, trial, _Alike(q_like, k_like, values, states))
+        _check_kind(region, measured, _Likely(q_like, k_like, values, states))
     if single:
-        q_like, k_like = _told_apart(region, trial, q_like, states)
+        q_like, k_like = _told_apart(measured, q_like, states)
     if not (len(q_like) == len(k_like) == len(values) == 1 and len(states) <= 1):
         reason = "a loop over positions, but its queries, keys and values cannot be told from one another"
         raise Reject(reason, region.root, 1)
@@ -74,14 +97,11 @@ def _cast(region: Region, trial: Trial, known: Mapping[Node, Patterns], features
     return Cast(q_like[0], k_like[0], values[0], state, gates, others, features, known)
 
 
-def _check_kind(region: Region, trial: Trial, found: "_Alike") -> None:
+def _check_kind(region: Region, measured: _Measured, found: "_Likely") -> None:
     """Raises Reject for recurrences whose state is multiplied by more than a number for each head."""
     if len(found.values) != 1 or not found.keys:
         return
-
-    def linear(nodes: Sequence[Node]) -> bool:
-        return is_linear_in(trial, region.root, nodes, region.dim)
-
+    linear = measured.is_linear_in
     if not linear([*found.values, *found.states]):
         raise Reject("a recurrence that is not linear in its values", region.root, 2)
     if len(found.queries) == 1 and not linear(found.queries):
@@ -97,7 +117,7 @@ def _check_kind(region: Region, trial: Trial, found: "_Alike") -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Alike:
+class _Likely:
     """The tensors that could be queries, keys, values and first states."""
 
     queries: Sequence[Node]
@@ -117,10 +137,10 @@ _VECTOR = (
 
 
 def _told_apart(
-    region: Region, trial: Trial, alike: Sequence[Node], states: Sequence[Node]
+    measured: _Measured, alike: Sequence[Node], states: Sequence[Node]
 ) -> tuple[list[Node], list[Node]]:
     """Queries and keys of a single position: the output is linear in the queries, also through the first state."""
-    queries = [n for n in alike if is_linear_in(trial, region.root, [n], region.dim)]
+    queries = [n for n in alike if measured.is_linear_in([n])]
     if len(alike) == 2 and not states:
         return [alike[0]], [alike[1]]
     return queries, [n for n in alike if n not in queries]

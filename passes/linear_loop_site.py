@@ -98,7 +98,7 @@ def _state_result(r: Reading) -> tuple[Node, Result] | None:
 def _values(r: Reading, how: Draw) -> tuple[dict[Node, Tensor], tuple[Tensor, ...]]:
     """Values for the leaves of the site, and what the loop makes of them: the root, and the last state if used."""
     factors = {r.decay.node} if r.decay is not None and r.decay.function == "log" else set()
-    trial = run(r.region, r.tables, replace(how, factors=frozenset(factors - {None})))  # type: ignore[arg-type]
+    trial = run(r.region, r.tables, replace(how, factors=frozenset(factors - {None})), r.shapes)  # type: ignore[arg-type]
     ends = (r.region.root, *([r.region.state] if r.region.state is not None else []))
     return dict(trial.values), tuple(trial.values[end] for end in ends)
 

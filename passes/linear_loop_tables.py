@@ -20,6 +20,8 @@ from attnopt.shadow import Shadow
 ROUNDINGS = 8
 #: Smaller entries say nothing about an exponent.
 SMALLEST = 1e-30
+#: Entries that a formula is fitted to.
+SAMPLE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,7 @@ def _read(node: Node, table: Tensor, base_node: Node, base: Tensor) -> Iterator[
         return
     if wide.shape != table.shape or table.numel() <= base.numel() or bool((table < 0).any()):
         return
-    exponents = table.double().log() / wide
-    seen = (table > SMALLEST).nonzero()
-    fitted = _fit(exponents, seen, table)
+    fitted = _fit(table, wide, _some((table > SMALLEST).nonzero()))
     if fitted is None:
         return
     slopes, start = fitted
@@ -107,14 +107,21 @@ def _read(node: Node, table: Tensor, base_node: Node, base: Tensor) -> Iterator[
             return
 
 
-def _fit(exponents: Tensor, seen: Tensor, table: Tensor) -> tuple[tuple[int, ...], int] | None:
-    """Whole slopes and start of an affine function through the exponents that can be seen."""
+def _some(places: Tensor) -> Tensor:
+    """Enough of them to suggest a formula, which is then compared with all."""
+    if len(places) <= SAMPLE:
+        return places
+    return places[torch.randint(len(places), (SAMPLE,), generator=torch.Generator().manual_seed(0))]
+
+
+def _fit(table: Tensor, base: Tensor, seen: Tensor) -> tuple[tuple[int, ...], int] | None:
+    """Whole slopes and start of an affine function through the exponents at the places `seen`."""
     if len(seen) < 1:
         return None
     # Rounding of an entry moves its exponent the least where the base is large and the entry is not small.
     places = torch.cat([seen.double(), torch.ones(len(seen), 1, dtype=torch.float64)], 1)
-    values = exponents[tuple(seen.T)]
     weights = table[tuple(seen.T)].double()
+    values = weights.log() / base[tuple(seen.T)]
     solved = torch.linalg.lstsq(
         places * weights[:, None], (values * weights)[:, None], driver="gelsd"
     ).solution[:, 0]

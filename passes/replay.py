@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -95,16 +96,35 @@ def _twin(node: Node, leaves: Sequence[Node]) -> Node | None:
     return next((leaf for leaf in leaves if leaf.target is node.target and same_value(leaf, node)), None)
 
 
-def evaluate(nodes: Sequence[Node], values: Mapping[Node, Any], sizes: Concrete) -> dict[Node, Any]:
-    """The values of `nodes`, run in this order in fp64, and those given; writes in place change what they write to."""
+def evaluate(
+    nodes: Sequence[Node],
+    values: Mapping[Node, Any],
+    sizes: Concrete,
+    shapes: Mapping[Node, Sequence[int]] | None = None,
+) -> dict[Node, Any]:
+    """The values of `nodes`, run in this order in fp64, and those given; writes in place change what they write to.
+
+    shapes: of nodes whose values are to have other shapes than `sizes` say. Raises RuntimeError where they cannot.
+    """
     known: dict[Node, Any] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
     free = torch.Generator().manual_seed(1)
     for node in nodes:
-        known[node] = _wide(_run(node, known, sizes, free))
+        shape = (shapes or {}).get(node)
+        known[node] = _wide(_run(node, known, sizes, free, shape))
+        if shape is not None and tuple(known[node].shape) != tuple(shape):
+            raise RuntimeError(
+                f"{node.name} has the shape {tuple(known[node].shape)} instead of {tuple(shape)}"
+            )
     return known
 
 
-def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Generator) -> Any:
+def _run(
+    node: Node,
+    known: Mapping[Node, Any],
+    sizes: Concrete,
+    free: torch.Generator,
+    shape: Sequence[int] | None = None,
+) -> Any:
     settled = _settled(node.meta.get("val"), sizes)
     if settled is not None:
         return settled
@@ -123,7 +143,20 @@ def _run(node: Node, known: Mapping[Node, Any], sizes: Concrete, free: torch.Gen
         kwargs = kwargs | {"dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
     if _makes_floats(node):
         args = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, args)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.target(*(args if shape is None else resized(node, args, shape)), **kwargs)  # type: ignore[operator]
+
+
+def resized(node: Node, args: Sequence[Any], shape: Sequence[int]) -> list[Any]:
+    """The arguments with which the node makes a tensor of that shape."""
+    if not isinstance(node.target, OpOverload):
+        return list(args)
+    names = [a.name for a in node.target._schema.arguments]
+    if node.target == aten.unflatten.int:
+        dim = int(args[1]) % args[0].dim()
+        return [args[0], dim, list(shape[dim : dim + len(args[2])])]
+    return [
+        list(shape) if name in ("size", "shape") else value for name, value in zip(names, args, strict=False)
+    ]
 
 
 def _settled(value: Any, sizes: Concrete) -> float | None:
@@ -150,7 +183,7 @@ def _makes_floats(node: Node) -> bool:
     return (
         is_float
         and bool(tensors)
-        and not any(t.is_floating_point() or t.dtype == torch.bool for t in tensors)
+        and not any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in tensors)
     )
 
 
@@ -169,7 +202,8 @@ def _argument(value: Any, known: Mapping[Node, Any], sizes: Concrete) -> Any:
         case torch.device():
             return torch.device("cpu")
         case torch.dtype():
-            return torch.float64 if value.is_floating_point else value
+            wide = torch.complex128 if value.is_complex else value
+            return torch.float64 if value.is_floating_point else wide
     return value
 
 
