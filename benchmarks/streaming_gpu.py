@@ -1,199 +1,42 @@
 """Sinks + sliding window on a GPU: right against fp64 first, then beside flex_attention, cuDNN and a dense mask.
 
-    python benchmarks/streaming_gpu.py --out streaming_gpu.json [--quick] [--tune]
+    python benchmarks/streaming_gpu.py [--out FILE] [--unchecked] [--phases] [--tune] [--seconds 300]
 
-Correctness: each row of the output within twice eager's own error in the same dtype, each gradient's rows within three
-times. Times are medians of triton.testing.do_bench in milliseconds, all contenders in one run; TFLOP/s count visible
-pairs only. --tune also times other tiles of the three kernels.
+Times are medians of replays of a CUDA graph in milliseconds, all contenders in one run; TFLOP/s count visible pairs
+only. --phases: each kernel by itself, the ones for Hopper beside the others. --tune: other tiles of the others.
 """
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
+from _gpu_time import replayed
 from _record import write
+from _streaming_checks import CHECKS, Row, check_all, problem_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from triton.testing import do_bench
 
-from attnopt.kernels.streaming import chunked, triton_backward, triton_forward
-from attnopt.kernels.streaming.op import attend, streaming_attention
+from attnopt.kernels.streaming import chunked, triton_backward, triton_forward, triton_hopper
+from attnopt.kernels.streaming.op import streaming_attention
 from attnopt.kernels.streaming.problem import Problem
 from attnopt.kernels.streaming.reach import reach
 from attnopt.kernels.streaming.triton_tiles import BY_KEYS, BY_QUERIES, Tiles, tiles_for
 
-Row = dict[str, Any]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 20}
 SINKS = 4
 
-
-@dataclass(frozen=True)
-class Shape:
-    """One correctness case: sizes, structure, and which tensors come with it."""
-
-    sq: int
-    sk: int
-    d: int = 128
-    dv: int = 128
-    batch: int = 1
-    heads: int = 4
-    kv_heads: int = 4
-    offset: int | None = 0
-    window: int | None = None
-    sinks: int = 0
-    prefix: int = 0
-    extras: tuple[str, ...] = ()
-
-    def visible(self) -> Tensor:
-        """bool (Sq, Sk), from the definition."""
-        i = torch.arange(self.sq, device="cuda")[:, None]
-        j = torch.arange(self.sk, device="cuda")[None]
-        seen = (i >= 0) & (j >= 0) if self.offset is None else j <= i + self.offset
-        if self.offset is not None and self.window is not None:
-            seen = seen & ((j > i + self.offset - self.window) | (j < self.sinks))
-        return seen | (j < self.prefix)
-
-
-CHECKS = (
-    Shape(1, 2, offset=1),
-    Shape(1, 1000, offset=999, window=300, sinks=4),
-    Shape(257, 257),
-    Shape(1000, 1000, offset=None),
-    Shape(1000, 1000, window=200, sinks=4, heads=8, kv_heads=2),
-    Shape(2048, 2048, window=1024, sinks=4, batch=2),
-    Shape(2048, 2048, window=256, sinks=4, d=64, dv=64, heads=8),
-    Shape(1500, 1500, window=100, sinks=4, d=256, dv=256),
-    Shape(1500, 1500, window=100, sinks=40, d=80, dv=80),
-    Shape(999, 999, window=2, d=40, dv=96),
-    Shape(700, 1900, offset=1200, window=333, sinks=130, d=96, dv=96),
-    Shape(1300, 1300, offset=-60, window=500, sinks=4),
-    Shape(1200, 1200, prefix=300, d=64, dv=64),
-    Shape(1111, 1111, window=200, sinks=4, extras=("padding",), batch=2),
-    Shape(1111, 1111, window=200, sinks=4, extras=("mask",)),
-    Shape(1111, 1111, extras=("bias",)),
-    Shape(1111, 1111, window=200, sinks=4, extras=("softcap", "sink_logits")),
-    Shape(
-        600,
-        600,
-        d=16,
-        dv=16,
-        heads=6,
-        kv_heads=3,
-        extras=("bias", "mask", "padding", "softcap", "sink_logits"),
-    ),
-    Shape(640, 640, d=160, dv=200),
-)
-
 #: B, N, W; H = 32, D = 128, bf16.
-SHAPES = ((4, 4096, 1024), (1, 16384, 1024), (1, 16384, 4096), (1, 65536, 1024), (1, 65536, 4096))
+SHAPES = ((1, 16384, 1024), (1, 16384, 4096), (4, 4096, 1024), (1, 65536, 1024), (1, 65536, 4096))
 LONGEST_DENSE = 16384
-
-
-# Right.
-
-
-def arguments_of(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of the op, in the order of its schema."""
-    torch.manual_seed(0)
-    s, extras = shape, set(shape.extras)
-    make = partial(torch.randn, device="cuda")
-    q = make(s.batch, s.sq, s.heads, s.d).to(dtype).transpose(1, 2)
-    k, v = (make(s.batch, s.kv_heads, s.sk, n).to(dtype) for n in (s.d, s.dv))
-    bias = make(1, s.heads, s.sq, s.sk).to(dtype) if "bias" in extras else None
-    mask = torch.rand(1, 1, s.sq, s.sk, device="cuda") < 0.7 if "mask" in extras else None
-    keep = torch.rand(s.batch, s.sk, device="cuda") < 0.7 if "padding" in extras else None
-    z = make(s.heads).to(dtype) if "sink_logits" in extras else None
-    softcap = 20.0 if "softcap" in extras else None
-    structure = (s.offset, s.window, s.sinks, s.prefix)
-    return (q, k, v, bias, mask, keep, z, s.d**-0.5, *structure, softcap, "zero", None, 0, False)
-
-
-def definition(shape: Shape, arguments: tuple[Any, ...]) -> Tensor:
-    """All scores at once, in the dtype of the arguments; rows that see no key are zero."""
-    (q, k, v, bias, mask, keep, z, scale), softcap = arguments[:8], arguments[12]
-    k, v = (x.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for x in (k, v))
-    scores = q @ k.mT * scale
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores if bias is None else scores + bias
-    seen = shape.visible()[None, None]
-    seen = seen if mask is None else seen & mask
-    seen = seen if keep is None else seen & keep[:, None, None]
-    logits = scores.masked_fill(~seen, -torch.inf)
-    sink = logits.new_full((), -torch.inf) if z is None else z[None, :, None, None].to(logits.dtype)
-    logits = torch.cat([logits, sink.expand(*logits.shape[:-1], 1)], -1)
-    empty = torch.isneginf(logits).all(-1, keepdim=True)
-    return logits.masked_fill(empty, 0.0).softmax(-1)[..., :-1].masked_fill(empty, 0.0) @ v
-
-
-def results_of(run: Callable[..., Tensor], arguments: tuple[Any, ...], do: Tensor) -> dict[str, Tensor]:
-    """The output and the gradients of q, k, v."""
-    leaves = [x.detach().requires_grad_() for x in arguments[:3]]
-    o = run((*leaves, *arguments[3:]))
-    return {"o": o, **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(o, leaves, do), strict=True))}
-
-
-def kernels(arguments: tuple[Any, ...], do: Tensor) -> dict[str, Tensor]:
-    """The Triton kernels by themselves, whatever path the op would choose."""
-    problem = problem_of(arguments)
-    answer = triton_forward.launch(problem)
-    found = triton_backward.launch(problem, answer, do, None)
-    return {"o": answer.o, "dq": found.q, "dk": found.k, "dv": found.v}
-
-
-def problem_of(arguments: tuple[Any, ...]) -> Problem:
-    """The arguments as the kernels take them."""
-    q, k, *_ = arguments
-    offset, window, sinks, prefix = arguments[8:12]
-    where = reach(
-        offset=offset, window=window, sinks=sinks, prefix=prefix, rows=q.shape[2], columns=k.shape[2]
-    )
-    return Problem(*arguments[:8], where, *arguments[12:])
-
-
-def check(shape: Shape, dtype: torch.dtype) -> Row:
-    """The worst row of each result of op and kernels, in units of what is allowed."""
-    arguments = arguments_of(shape, dtype)
-    do = torch.randn(shape.batch, shape.heads, shape.sq, shape.dv, device="cuda").to(dtype)
-    wide = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments)
-    exact = results_of(partial(definition, shape), wide, do.double())
-    eager = results_of(partial(definition, shape), arguments, do)
-    found = {"op": results_of(lambda a: attend(*a)[0], arguments, do), "triton": kernels(arguments, do)}
-    row: Row = {"shape": str(shape), "dtype": str(dtype).removeprefix("torch.")}
-    for path, name in product(found, exact):
-        row[f"{path} {name}"] = excess(found[path][name], exact[name], eager[name], BITS[dtype], name)
-    row["passed"] = all(x <= 1 for x in row.values() if isinstance(x, float))
-    return row
-
-
-def check_all(shapes: tuple[Shape, ...]) -> Iterator[Row]:
-    """Every shape in bf16, each second one in fp16, each fourth in fp32: compiling is what takes the time."""
-    for n, shape in enumerate(shapes):
-        for dtype, every in ((torch.bfloat16, 1), (torch.float16, 2), (torch.float32, 4)):
-            if n % every == 0:
-                yield check(shape, dtype)
-
-
-def excess(got: Tensor, exact: Tensor, eager: Tensor, bits: int, name: str) -> float:
-    """The largest error of a row over its allowance; a gradient's row may cancel, so it counts as a typical one."""
-    if not torch.isfinite(got).all():
-        return float("inf")
-    error, own = ((x.double() - exact).norm(dim=-1) for x in (got, eager))
-    size = exact.norm(dim=-1)
-    size = size if name == "o" else size.clamp_min(float(size.square().mean().sqrt()))
-    return float((error / ((2 if name == "o" else 3) * torch.maximum(own, 2.0**-bits * size) + 1e-30)).max())
-
-
-# Fast.
 
 
 def contenders(length: int, window: int) -> Iterator[tuple[str, Attention, bool]]:
@@ -250,13 +93,45 @@ def _both(attention: Attention, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median; infinite where a contender does not take the shape."""
+    """Median of graph replays; infinite where a contender does not take the shape."""
     try:
-        time: float = do_bench(run, return_mode="median")
+        return replayed(run)["ms"]
     except RuntimeError as error:
         print(f"does not run: {str(error).splitlines()[0]}", file=sys.stderr)
-        return float("inf")
-    return time
+        return math.inf
+
+
+def phases(batch: int, length: int, window: int) -> Row:
+    """Milliseconds of each kernel: those for Hopper, and the others with their usual tiles."""
+    problem = plain_problem(batch, length, window)
+    answer = triton_forward.launch(problem)
+    rows = triton_backward.prepare(problem, answer, answer.o, None)
+    common = triton_backward.common_arguments(problem, answer.o, rows)
+    queries, keys = tiles_for(problem, BY_QUERIES), tiles_for(problem, BY_KEYS)
+    runs: dict[str, Callable[[], object]] = {
+        "forward": partial(triton_forward.launch, problem),
+        "prepare": partial(triton_backward.prepare, problem, answer, answer.o, None),
+        "far sinks": partial(triton_backward.far_sinks, problem, common, keys),
+        "queries": partial(triton_backward.queries, problem, common, queries),
+        "keys and far sinks": partial(triton_backward.keys, problem, common, keys),
+    }
+    if triton_hopper.serves(problem):
+        runs |= {
+            "hopper forward": partial(triton_hopper.launch, problem),
+            "hopper queries": partial(triton_hopper.queries, problem, answer.o, rows.delta, rows.tail),
+        }
+    return {
+        "shape": f"B{batch} N{length} W{window}",
+        **{name: milliseconds(run) for name, run in runs.items()},
+    }
+
+
+def plain_problem(batch: int, length: int, window: int) -> Problem:
+    """The shapes' attention as the kernels take it."""
+    q, k, v = (x.detach() for x in inputs_of(batch, length))
+    return problem_of(
+        (q, k, v, None, None, None, None, 128**-0.5, 0, window, SINKS, 0, None, "zero", None, 0, False)
+    )
 
 
 # Which tiles.
@@ -280,8 +155,7 @@ BACKWARD_TILES = [
 
 def tune(batch: int, length: int, window: int) -> list[Row]:
     """Milliseconds of each kernel with other tiles, fastest first, the present choice among them."""
-    q, k, v = (x.detach() for x in inputs_of(batch, length))
-    problem = problem_of((q, k, v, None, None, None, None, 128**-0.5, 0, window, SINKS, 0, None, "zero"))
+    problem = plain_problem(batch, length, window)
     answer = triton_forward.launch(problem)
     keys, queries = tiles_for(problem, BY_KEYS), tiles_for(problem, BY_QUERIES)
     backward = partial(triton_backward.launch, problem, answer, answer.o, None)
@@ -318,25 +192,42 @@ def exact_fp32() -> list[Row]:
 
 def main() -> int:
     """Checks, measures, writes, prints; exit code 1 when a check fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--quick", action="store_true", help="a third of the checks, two shapes")
-    parser.add_argument("--tune", action="store_true", help="also other tiles, at the first shape")
-    chosen = parser.parse_args()
-    checked = CHECKS[1::3] if chosen.quick else CHECKS
-    payload: dict[str, object] = {"checks": (checks := list(check_all(checked)))}
+    chosen = parse()
+    begin = time.perf_counter()
+    payload: dict[str, object] = {"checks": (checks := [] if chosen.unchecked else list(check_all(CHECKS)))}
     if chosen.tune:
         payload |= {"tiles": (tiles := tune(*SHAPES[0])), "fp32": (fp32 := exact_fp32())}
         table(tiles, "tiles")
         table(fp32, "fp32")
-    payload["timings"] = (times := [timings(*shape) for shape in (SHAPES[:2] if chosen.quick else SHAPES)])
-    write("streaming_gpu", payload, chosen.out)
+    times: list[Row] = []
+    parts: list[Row] = []
+    for shape in SHAPES:
+        if time.perf_counter() - begin > chosen.seconds:
+            print(f"{chosen.seconds:.0f} s are over: left out {shape}", flush=True)
+            continue
+        torch._dynamo.reset()  # flex_attention is compiled anew for each shape, past torch's limit
+        times.append(timings(*shape))
+        print(times[-1], flush=True)
+        parts += [phases(*shape)] if chosen.phases else []
+        write("streaming_gpu", {**payload, "timings": times, "phases": parts}, chosen.out)
     table([row for row in checks if not row["passed"]], "failed checks")
     print(f"\n{sum(row['passed'] for row in checks)} of {len(checks)} checks passed")
     table(times, "timings")
+    table(parts, "phases")
     return 0 if all(row["passed"] for row in checks) else 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--unchecked", action="store_true", help="only times")
+    parser.add_argument("--phases", action="store_true", help="also each kernel by itself")
+    parser.add_argument("--tune", action="store_true", help="also other tiles, at the first shape")
+    parser.add_argument("--seconds", type=float, default=300.0, help="begin no shape after so many")
+    return parser.parse_args()
 
 
 def table(rows: list[Row], title: str) -> None:

@@ -76,7 +76,8 @@ def code_lines(function: Function) -> int:
 
 
 def is_jit(function: Function) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    found = (ast.unparse(decorator) for decorator in function.decorator_list)
+    return any(name in decorator for decorator in found for name in ("triton.jit", "gluon.jit"))
 
 
 def within(name: str, package: str) -> bool:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import OptionError
-from attnopt.kernels.streaming import chunked
 from attnopt.kernels.streaming.checks import check
 from attnopt.kernels.streaming.problem import Answer, Gradients, Problem, Wanted
 from attnopt.kernels.streaming.reach import reach
@@ -48,20 +47,12 @@ def streaming_attention(
             f"sinks={sinks}, window={window}; wanted sinks >= 0 and window >= 1: a query sees itself"
         )
     check(q, k, v)
-    o, _, _ = attend(
-        *(q, k, v, None if bias is None else four_dimensional(bias), None, key_padding, None),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        offset=k.shape[2] - q.shape[2],
-        window=window,
-        sinks=sinks,
-        prefix=0,
-        softcap=None,
-        empty_row="zero",
-        slopes=slopes[None] if slopes is not None and slopes.dim() == 1 else slopes,
-        diagonal=k.shape[2] - q.shape[2],
-        symmetric=False,
-    )
-    return o
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bias = None if bias is None else four_dimensional(bias)
+    slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
+    offset, prefix, softcap = k.shape[2] - q.shape[2], 0, None
+    numbers = (scale, offset, window, sinks, prefix, softcap, "zero")
+    return attend(q, k, v, bias, None, key_padding, None, *numbers, slopes, offset, symmetric=False)[0]
 
 
 def four_dimensional(x: Tensor) -> Tensor:
@@ -192,48 +183,36 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) ->
 attend.register_autograd(_differentiate, setup_context=_save)
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    key_padding: Tensor | None,
-    sink_logits: Tensor | None,
-    scale: float,
-    offset: int | None,
-    window: int | None,
-    sinks: int,
-    prefix: int,
-    softcap: float | None,
-    empty_row: str,
-    slopes: Tensor | None,
-    diagonal: int,
-    symmetric: bool,
-) -> Problem:
-    check(
-        *(q, k, v, bias, mask, key_padding, sink_logits),
-        *(scale, offset, window, sinks, prefix, softcap, empty_row),
-        *(slopes, diagonal, symmetric),
-    )
+def _problem(*given: Any) -> Problem:
+    """The arguments of `attend`, checked."""
+    check(*given)
+    q, k, *_ = given
+    offset, window, sinks, prefix = given[8:12]
     sizes = {"rows": q.shape[2], "columns": k.shape[2]}
     where = reach(offset=offset, window=window, sinks=sinks, prefix=prefix, **sizes)
-    tensors = (q, k, v, bias, mask, key_padding, sink_logits)
-    return Problem(*tensors, scale, where, softcap, empty_row, slopes, diagonal, symmetric)
+    fields = (*given[:8], where, *given[12:])
+    return Problem(*fields)
 
 
 def _forward(problem: Problem) -> Answer:
     with _own_precision(problem):
         if not _goes_to_triton(problem):
-            return chunked.forward(problem)
-        from attnopt.kernels.streaming import triton_forward  # importing attnopt must not import triton
+            from attnopt.kernels.streaming import chunked  # what runs is imported where it runs
 
-        return triton_forward.launch(problem)
+            return chunked.forward(problem)
+        from attnopt.kernels.streaming import (
+            triton_forward,
+            triton_hopper,
+        )  # importing attnopt must not import triton
+
+        return (triton_hopper if triton_hopper.serves(problem) else triton_forward).launch(problem)
 
 
 def _backward(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None, wanted: Wanted) -> Gradients:
     with _own_precision(problem):
         if wanted.bias or wanted.slopes or not _goes_to_triton(problem):
+            from attnopt.kernels.streaming import chunked  # as above
+
             return chunked.backward(problem, answer, do, dlse, wanted)
         from attnopt.kernels.streaming import triton_backward  # as above
 

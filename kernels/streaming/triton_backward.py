@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from attnopt.kernels._triton import next_power_of_two, on_device_of
+from attnopt.kernels.streaming import triton_hopper
 from attnopt.kernels.streaming.problem import (
     Answer,
     Gradients,
@@ -18,12 +19,14 @@ from attnopt.kernels.streaming.problem import (
     add_mean_gradient,
     sink_gradient,
 )
+from attnopt.kernels.streaming.triton_hopper import is_bulk, serves
 from attnopt.kernels.streaming.triton_keys import far_kernel, keys_kernel
 from attnopt.kernels.streaming.triton_queries import prepare_kernel, queries_kernel
 from attnopt.kernels.streaming.triton_tiles import (
     BY_KEYS,
     BY_QUERIES,
     Tiles,
+    padded,
     scalars,
     strides,
     tiles_for,
@@ -53,11 +56,15 @@ def launch(
     """Gradients of q, k, v and the sink logits (none of the bias); no dimension may be empty."""
     q, v = problem.q, problem.v
     upstream = _live(problem, answer, do)
+    on_hopper = by_keys is None and by_queries is None and serves(problem) and is_bulk(upstream)
     with on_device_of(q):
-        rows = _prepare(problem, answer, upstream, dlse)
-        common = _common(problem, upstream, rows)
-        dk, dv = _keys(problem, common, by_keys or tiles_for(problem, BY_KEYS))
-        dq = _queries(problem, common, by_queries or tiles_for(problem, BY_QUERIES))
+        rows = prepare(problem, answer, upstream, dlse)
+        common = common_arguments(problem, upstream, rows)
+        dk, dv = keys(problem, common, by_keys or tiles_for(problem, BY_KEYS))
+        if on_hopper:
+            dq = triton_hopper.queries(problem, upstream, rows.delta, rows.tail)
+        else:
+            dq = queries(problem, common, by_queries or tiles_for(problem, BY_QUERIES))
     return Gradients(
         dq,
         dk,
@@ -72,18 +79,19 @@ def _live(problem: Problem, answer: Answer, do: Tensor) -> Tensor:
     return do.masked_fill(torch.isneginf(answer.lse)[..., None], 0.0) if problem.may_leave_rows_empty else do
 
 
-def _common(problem: Problem, do: Tensor, rows: Rows) -> dict[str, Any]:
+def common_arguments(problem: Problem, do: Tensor, rows: Rows) -> dict[str, Any]:
     """What both kernels take, by the names of their parameters."""
     q, k, v = problem.q, problem.k, problem.v
     pointers = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "do_ptr": do}
     statistics = {"delta_ptr": rows.delta, "peak_ptr": rows.peak, "tail_ptr": rows.tail}
     sizes = {"heads": q.shape[1], "group": problem.group, "D": q.shape[3], "DV": v.shape[3]}
-    padded = {"D_PAD": next_power_of_two(q.shape[3]), "DV_PAD": next_power_of_two(v.shape[3])}
+    widths = {"D_PAD": padded(q.shape[3]), "DV_PAD": padded(v.shape[3])}
     steps = strides("q", q) | strides("k", k) | strides("v", v) | strides("do", do)
-    return pointers | statistics | sizes | padded | steps | scalars(problem)
+    return pointers | statistics | sizes | widths | steps | scalars(problem)
 
 
-def _prepare(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None) -> Rows:
+def prepare(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None) -> Rows:
+    """delta, peak and tail of every query."""
     batch, heads, n_rows, dv = do.shape
     rows = Rows(*(torch.empty_like(answer.lse, memory_format=torch.contiguous_format) for _ in range(3)))
     prepare_kernel[(batch * heads * triton.cdiv(n_rows, 64),)](
@@ -102,18 +110,18 @@ def _prepare(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None) 
         PLAIN=scalars(problem)["PLAIN"],
         DLSE=dlse is not None,
         DV=dv,
-        DV_PAD=next_power_of_two(dv),
+        DV_PAD=padded(dv),
         BLOCK=64,
     )
     return rows
 
 
-def _keys(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor, Tensor]:
+def keys(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor, Tensor]:
     """dk and dv, (B, Hkv, Sk, .)."""
     k, v = problem.k, problem.v
     batch, kv_heads, columns, _ = k.shape
+    far_dk, far_dv = far_sinks(problem, common, tiles)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    far_dk, far_dv = _far(problem, common, tiles)
     keys_kernel[(batch * kv_heads * triton.cdiv(columns, tiles.keys),)](
         **common,
         dk_ptr=dk,
@@ -130,7 +138,7 @@ def _keys(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tenso
     return dk, dv
 
 
-def _far(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor, Tensor]:
+def far_sinks(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor, Tensor]:
     """What queries beyond the window add to dk and dv of the sinks: fp32 (B * Hkv, parts, sinks, .)."""
     where, (batch, kv_heads, columns, d), dv = problem.reach, problem.k.shape, problem.v.shape[3]
     far_rows = where.rows - max(0, min(tiles.keys, columns) - 1 - where.lower)
@@ -155,7 +163,7 @@ def _far(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor
     return far_dk, far_dv
 
 
-def _queries(problem: Problem, common: dict[str, Any], tiles: Tiles) -> Tensor:
+def queries(problem: Problem, common: dict[str, Any], tiles: Tiles) -> Tensor:
     """dq, (B, H, Sq, D)."""
     q, head = problem.q, problem.reach.head
     batch, heads, n_rows, _ = q.shape

@@ -18,6 +18,7 @@ from attnopt.kernels.streaming.triton_tiles import (
     kept,
     load_rows,
     logits,
+    padded,
     raise_to,
     scalars,
     signed,
@@ -54,9 +55,9 @@ def launch(problem: Problem, tiles: Tiles | None = None) -> Answer:
             HEAD=head > 0,
             EMPTY_IS_ZERO=problem.empty_row == "zero",
             D=d,
-            D_PAD=next_power_of_two(d),
+            D_PAD=padded(d),
             DV=dv,
-            DV_PAD=next_power_of_two(dv),
+            DV_PAD=padded(dv),
             BLOCK_Q=tiles.queries,
             BLOCK_K=tiles.keys,
             BLOCK_HEAD=min(tiles.keys, next_power_of_two(head)),
@@ -113,7 +114,7 @@ def attend_kernel(
                 bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
                 n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
                 WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-                STRUCTURED=True,
+                structured=True,
             )  # fmt: skip
 
     start = tl.maximum(first + lower + 1, head) if WINDOWED else head
@@ -121,24 +122,15 @@ def attend_kernel(
     before, full, partial, after = split(
         start, tl.minimum(last + upper, n_cols), full_start, tl.minimum(first + upper + 1, n_cols), BLOCK_K
     )
-    for n in range(before + after):
-        j = start + n * BLOCK_K + tl.where(n < before, 0, partial - full)
+    edge = before + (partial - full) // BLOCK_K
+    for n in range(edge + after):
         acc, level, total = visit(
-            acc, level, total, q, rows, j + tl.arange(0, BLOCK_K), n_cols,
+            acc, level, total, q, rows, start + n * BLOCK_K + tl.arange(0, BLOCK_K), n_cols,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
             n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
             WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-            STRUCTURED=True,
-        )  # fmt: skip
-    for j in range(full, partial, BLOCK_K):
-        acc, level, total = visit(
-            acc, level, total, q, rows, j + tl.arange(0, BLOCK_K), n_cols,
-            k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
-            bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-            n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
-            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-            STRUCTURED=False,
+            structured=(n < before) | (n >= edge),
         )  # fmt: skip
 
     # A NaN in the row leaves its mark in `total` but not in `level`: such a row is not empty.
@@ -163,7 +155,7 @@ def visit(
     WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    STRUCTURED: tl.constexpr,
+    structured,
 ):  # fmt: skip
     """Takes the keys `cols` below `limit` into accumulator, largest logit and sum of one block of queries."""
     keep = kept(keep_ptr, cols, keep_ss, limit, PADDING)
@@ -171,7 +163,7 @@ def visit(
     x = logits(
         dot(q, tl.trans(k), PRECISION), rows[:, None], cols[None, :], limit, keep[None, :],
         n_rows, upper, lower, sinks, prefix, bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-        scale, softcap, tilt, origin, diagonal, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
+        scale, softcap, tilt, origin, diagonal, structured, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
     )  # fmt: skip
     highest = tl.maximum(level, tl.max(x, 1))
     base = tl.where(highest == -float("inf"), 0.0, highest)

@@ -68,8 +68,9 @@ def keys_kernel(
         h = kv_head * group + g
         at = offset(b * heads + h, n_rows)
         tilt = tilt_of(slope_ptr, b, h, slope_sb, slope_sh, heads, ALIBI)
-        for n in range(before + after):
-            i = start + n * BLOCK_Q + tl.where(n < before, 0, partial - full)
+        edge = before + (partial - full) // BLOCK_Q
+        for n in range(edge + after):
+            i = start + n * BLOCK_Q
             dk, dv = visit_keys(
                 dk, dv, k, v, i + tl.arange(0, BLOCK_Q), cols, keep, n_cols,
                 q_ptr + offset(b, q_sb) + offset(h, q_sh), q_ss, q_sd,
@@ -79,19 +80,7 @@ def keys_kernel(
                 mask_ptr + offset(b, mask_sb) + offset(h, mask_sh), mask_sq, mask_sk,
                 stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, i, diagonal,
                 WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-                STRUCTURED=True,
-            )  # fmt: skip
-        for i in range(full, partial, BLOCK_Q):
-            dk, dv = visit_keys(
-                dk, dv, k, v, i + tl.arange(0, BLOCK_Q), cols, keep, n_cols,
-                q_ptr + offset(b, q_sb) + offset(h, q_sh), q_ss, q_sd,
-                do_ptr + offset(b, do_sb) + offset(h, do_sh), do_ss, do_sd,
-                delta_ptr + at, peak_ptr + at, tail_ptr + at,
-                bias_ptr + offset(b, bias_sb) + offset(h, bias_sh), bias_sq, bias_sk,
-                mask_ptr + offset(b, mask_sb) + offset(h, mask_sh), mask_sq, mask_sk,
-                stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, i, diagonal,
-                WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-                STRUCTURED=False,
+                structured=(n < before) | (n >= edge),
             )  # fmt: skip
 
     done = offset(bh, n_cols)
@@ -148,7 +137,7 @@ def far_kernel(
                 mask_ptr + offset(b, mask_sb) + offset(h, mask_sh), mask_sq, mask_sk,
                 stop, upper, lower, sinks, prefix, unit, scale, softcap, tilt, i, diagonal,
                 WINDOWED, SIGN, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-                STRUCTURED=True,
+                structured=True,
             )  # fmt: skip
 
     exists = cols < sinks
@@ -165,7 +154,7 @@ def visit_keys(
     WINDOWED: tl.constexpr, SIGN: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    STRUCTURED: tl.constexpr,
+    structured,
 ):  # fmt: skip
     """Adds what the queries `rows` before `stop` send to a block of keys; the tile is transposed, (keys, queries)."""
     exists = rows < stop
@@ -174,7 +163,7 @@ def visit_keys(
     x = logits(
         scores, rows[None, :], cols[:, None], limit, keep[:, None],
         stop, upper, lower, sinks, prefix, bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-        scale, softcap, tilt, origin, diagonal, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
+        scale, softcap, tilt, origin, diagonal, structured, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
     )  # fmt: skip
     peak = tl.load(peak_ptr + rows, mask=exists, other=0.0)
     tail = tl.load(tail_ptr + rows, mask=exists, other=float("inf"))

@@ -92,7 +92,7 @@ def queries_kernel(
                 bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
                 n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
                 WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-                STRUCTURED=True,
+                structured=True,
             )  # fmt: skip
 
     start = tl.maximum(first + lower + 1, head) if WINDOWED else head
@@ -100,24 +100,15 @@ def queries_kernel(
     before, full, partial, after = split(
         start, tl.minimum(last + upper, n_cols), full_start, tl.minimum(first + upper + 1, n_cols), BLOCK_K
     )
-    for n in range(before + after):
-        j = start + n * BLOCK_K + tl.where(n < before, 0, partial - full)
+    edge = before + (partial - full) // BLOCK_K
+    for n in range(edge + after):
         dq = visit_queries(
-            dq, q, do, rows, j + tl.arange(0, BLOCK_K), n_cols, delta, peak, tail,
+            dq, q, do, rows, start + n * BLOCK_K + tl.arange(0, BLOCK_K), n_cols, delta, peak, tail,
             k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
             bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
             n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
             WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-            STRUCTURED=True,
-        )  # fmt: skip
-    for j in range(full, partial, BLOCK_K):
-        dq = visit_queries(
-            dq, q, do, rows, j + tl.arange(0, BLOCK_K), n_cols, delta, peak, tail,
-            k_ptr, k_ss, k_sd, v_ptr, v_ss, v_sd, keep_ptr, keep_ss,
-            bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-            n_rows, upper, lower, sinks, prefix, unit, scale, softcap, tilt, first, diagonal,
-            WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI, D, D_PAD, DV, DV_PAD, PRECISION,
-            STRUCTURED=False,
+            structured=(n < before) | (n >= edge),
         )  # fmt: skip
 
     store_rows(dq_ptr + offset(bh, n_rows) * D, rows, D, dq * factor, exists, D, D_PAD)
@@ -132,7 +123,7 @@ def visit_queries(
     WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PRECISION: tl.constexpr,
-    STRUCTURED: tl.constexpr,
+    structured,
 ):  # fmt: skip
     """Adds what the keys `cols` below `limit` send to a block of queries."""
     keep = kept(keep_ptr, cols, keep_ss, limit, PADDING)
@@ -142,7 +133,7 @@ def visit_queries(
     x = logits(
         scores, rows[:, None], cols[None, :], limit, keep[None, :],
         n_rows, upper, lower, sinks, prefix, bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
-        scale, softcap, tilt, origin, diagonal, STRUCTURED, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
+        scale, softcap, tilt, origin, diagonal, structured, WINDOWED, PLAIN, CAPPED, BIAS, MASK, PADDING, ALIBI,
     )  # fmt: skip
     weights = recall(x, peak[:, None], tail[:, None], unit, PLAIN)
     dscores = weights * (dot(do, tl.trans(v), PRECISION) - delta[:, None])

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.kernels._triton import dot_precision, next_power_of_two, offset
+from attnopt.kernels._triton import INTERPRETED, dot_precision, next_power_of_two, offset
 from attnopt.kernels.streaming.problem import Problem
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -62,7 +62,7 @@ def choose(candidates: tuple[Tiles, ...], width: int, itemsize: int, dense: int,
 
 def tiles_for(problem: Problem, candidates: tuple[Tiles, ...]) -> Tiles:
     """The choice for a problem on its device."""
-    width = next_power_of_two(max(problem.q.shape[3], problem.v.shape[3]))
+    width = padded(max(problem.q.shape[3], problem.v.shape[3]))
     bias = 0 if problem.bias is None else problem.bias.element_size()
     dense = bias + (problem.mask is not None)
     return choose(candidates, width, problem.q.element_size(), dense, shared_memory(problem.q.device))
@@ -74,6 +74,11 @@ def shared_memory(device: torch.device) -> int:
         return 99 * 1024
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
+
+
+def padded(channels: int) -> int:
+    """Channels of a tile. 16 gave wrong products of weights and values on Hopper (perf-log, streaming version 2)."""
+    return next_power_of_two(channels, least=16 if INTERPRETED else 32)
 
 
 @triton.jit
@@ -138,14 +143,14 @@ def logits(
     n_rows, upper, lower, sinks, prefix,
     bias_ptr, bias_sq, bias_sk, mask_ptr, mask_sq, mask_sk,
     scale, softcap, tilt, origin, diagonal,
-    STRUCTURED: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
+    structured, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr,
     BIAS: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile of q k^T, -inf where hidden; `rows`, `cols`, `keep` broadcast to the tile, either way round.
 
-    PLAIN leaves the scale to whoever takes the exponential; else the logits are in natural units. STRUCTURED is
-    for tiles that some query sees only in part. tilt: the head's slope, which multiplies
-    `distance`.
+    PLAIN leaves the scale to whoever takes the exponential; else the logits are in natural units. structured: whether
+    some query sees only a part of the tile. One loop with this branch keeps the loads of all tiles in one pipeline.
+    tilt: the head's slope, which multiplies `distance`.
     """
     x = qk
     if not PLAIN:
@@ -158,7 +163,7 @@ def logits(
         x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if ALIBI:
         x += tilt * distance(rows, cols, origin, diagonal, ALIBI)
-    if STRUCTURED:
+    if structured:
         x = tl.where(visible(rows, cols, limit, upper, lower, sinks, prefix, WINDOWED), x, -float("inf"))
     if MASK:
         at = mask_ptr + offset(rows, mask_sq) + offset(cols, mask_sk)

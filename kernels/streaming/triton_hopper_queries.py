@@ -1,0 +1,167 @@
+"""dq for Hopper: FlashAttention-3's backward (arXiv 2407.08608) for one block of queries, over the forward's tiles."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from attnopt.kernels.streaming.triton_hopper_parts import (
+    NARROW,
+    NUMBERS,
+    ROWS,
+    fetch,
+    hide,
+    keys_of,
+    make_ring,
+    place_queries,
+    produce_keys,
+    tile_of_keys,
+)
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def queries_kernel(
+    q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, dq_desc, delta_ptr, tail_ptr,
+    works, blocks, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, factor,
+    STAGES: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,
+):  # fmt: skip
+    """dq. HEAD: "none", "narrow" (a tile of 16 columns) or "tiles"."""
+    dtype: gl.constexpr = q_desc.dtype
+    queries = make_ring(dtype, q_desc, 2, 1)
+    upstream = make_ring(dtype, do_desc, 2, 1)
+    keys = make_ring(dtype, k_desc, STAGES, 2)
+    values = make_ring(dtype, v_desc, STAGES, 2)
+    narrow_keys = make_ring(dtype, narrow_k_desc, 1, 2)
+    narrow_values = make_ring(dtype, narrow_v_desc, 1, 2)
+    fence_async_shared()
+    edges = (n_rows, n_cols, upper, lower, sinks, prefix)
+    rings = (queries, upstream, keys, values, narrow_keys, narrow_values)
+    share = (works, blocks, heads, group)
+    block: gl.constexpr = k_desc.block_shape[2]
+    rows = (delta_ptr, tail_ptr)
+    descs = (q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc)
+    first_half: gl.constexpr = 0
+    second_half: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_compute, (first_half, dq_desc, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD)),
+            (_compute, (second_half, dq_desc, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD)),
+            (_load, (descs, rings, share, edges, block, WINDOWED, HEAD)),
+        ],
+        [4, 4],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr):
+    """The loading warp group."""
+    q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc = descs
+    queries, upstream, keys, values, narrow_keys, narrow_values = rings
+    works, blocks, heads, group = share
+    turn, n = 0, 0
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        b, h, first = place_queries(work, blocks, heads)
+        for half in gl.static_range(2):
+            fetch(q_desc, b, h, first + half * ROWS, queries, half, turn & 1)
+            fetch(do_desc, b, h, first + half * ROWS, upstream, half, turn & 1)
+        n = produce_keys(
+            k_desc, v_desc, narrow_k_desc, narrow_v_desc, keys, values, narrow_keys, narrow_values,
+            b, h // group, first, turn, n, edges, BLOCK, WINDOWED, HEAD,
+        )  # fmt: skip
+        turn += 1
+
+
+@gluon.jit
+def _compute(
+    half: gl.constexpr, dq_desc, pointers, rings, share, edges, unit, factor,
+    BLOCK: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,
+):  # fmt: skip
+    """A computing warp group: one half of the queries of each piece of work."""
+    delta_ptr, tail_ptr = pointers
+    queries, upstream, keys, values, narrow_keys, narrow_values = rings
+    works, blocks, heads, group = share
+    n_rows = edges[0]
+    WIDTH: gl.constexpr = dq_desc.block_shape[3]
+    dtype: gl.constexpr = dq_desc.dtype
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    stages: gl.constexpr = keys[0].shape[0]
+    q = queries[0].index(half).reshape([ROWS, WIDTH])
+    do = upstream[0].index(half).reshape([ROWS, WIDTH])
+    turn, n = 0, 0
+    for work in range(gl.program_id(0), works, gl.num_programs(0)):
+        b, h, first = place_queries(work, blocks, heads)
+        head, more, start, count = keys_of(first, edges, BLOCK, WINDOWED, HEAD)
+        mine = first + half * ROWS
+        rows = mine + gl.arange(0, ROWS, BY_ROW)
+        at = (b * heads + h).to(gl.int64) * n_rows + rows
+        delta = gl.load(delta_ptr + at, mask=rows < n_rows, other=0.0)
+        tail = gl.load(tail_ptr + at, mask=rows < n_rows, other=float("inf"))
+        dq = gl.zeros([ROWS, WIDTH], gl.float32, OUT)
+        mbarrier.wait(queries[1].index(half), turn & 1)
+        mbarrier.wait(upstream[1].index(half), turn & 1)
+        if HEAD == "narrow":
+            dq = _visit_narrow(
+                dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, turn & 1, edges, unit,
+                WEIGHTS, dtype, WINDOWED,
+            )  # fmt: skip
+        for t in range(0, count):
+            column, limit, partial = tile_of_keys(t, mine, head, more, start, edges, BLOCK, WINDOWED)
+            stage, phase = (n + t) % stages, (n + t) // stages & 1
+            k = keys[0].index(stage).reshape([BLOCK, WIDTH])
+            v = values[0].index(stage).reshape([BLOCK, WIDTH])
+            none = gl.zeros([ROWS, BLOCK], gl.float32, LOGITS)
+            mbarrier.wait(keys[1].index(stage), phase)
+            x_running = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+            mbarrier.wait(values[1].index(stage), phase)
+            dp_running = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
+            x = warpgroup_mma_wait(1, deps=[x_running])
+            if partial:
+                x = hide(x, rows, column, limit, edges, WINDOWED)
+            weights = gl.exp2(x * unit - gl.expand_dims(tail, 1))
+            dp = warpgroup_mma_wait(0, deps=[dp_running])
+            mbarrier.arrive(values[2].index(stage), count=1)
+            ds = (weights * (dp - gl.expand_dims(delta, 1))).to(dtype)
+            dq = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), k, dq)
+            mbarrier.arrive(keys[2].index(stage), count=1)
+        n += count
+        q.store((dq * factor).to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dq_desc, [b, h, mine, 0], queries[0].index(half))
+        tma.store_wait(pendings=0)
+        mbarrier.arrive(upstream[2].index(half), count=1)
+        mbarrier.arrive(queries[2].index(half), count=1)
+        turn += 1
+
+
+@gluon.jit
+def _visit_narrow(
+    dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, phase, edges, unit,
+    WEIGHTS: gl.constexpr, dtype: gl.constexpr, WINDOWED: gl.constexpr,
+):  # fmt: skip
+    """Adds what the keys of the head's narrow tile send."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    width: gl.constexpr = q.shape[1]
+    k = narrow_keys[0].index(0).reshape([NARROW, width])
+    v = narrow_values[0].index(0).reshape([NARROW, width])
+    none = gl.zeros([ROWS, NARROW], gl.float32, LOGITS)
+    mbarrier.wait(narrow_values[1].index(0), phase)
+    dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False)
+    mbarrier.arrive(narrow_values[2].index(0), count=1)
+    mbarrier.wait(narrow_keys[1].index(0), phase)
+    x = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False)
+    x = hide(x, gl.convert_layout(rows, BY_ROW), 0, head, edges, WINDOWED)
+    weights = gl.exp2(x * unit - gl.expand_dims(gl.convert_layout(tail, BY_ROW), 1))
+    ds = (weights * (dp - gl.expand_dims(gl.convert_layout(delta, BY_ROW), 1))).to(dtype)
+    dq = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), k, dq)
+    mbarrier.arrive(narrow_keys[2].index(0), count=1)
+    return dq
