@@ -158,11 +158,11 @@ def other_tiles(request: Request) -> dict[str, Tiles]:
     changes: list[dict[str, int]] = [
         {},
         {"split": usual.split * 2}, {"split": max(512, usual.split // 2)},
-        {"chosen_block": 32}, {"chosen_block": 128},
+        {"chosen_block": 32}, {"chosen_block": 64}, {"chosen_block": 128},
         {"run": 16}, {"run": 32}, {"run": 64},
     ]  # fmt: skip
     if request.group == 1:
-        changes += [{"dot_heads": 1}, {"row_stages": 2}, {"row_stages": 3}, {"row_block": 512}]
+        changes += [{"dot_heads": 1}, {"row_stages": 1}, {"row_stages": 2}, {"row_block": 512}]
     else:
         changes += [{"block": 64}, {"block": 256}, {"weight_block": 512}, {"weight_block": 2048}]
     found = {}

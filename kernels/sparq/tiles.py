@@ -28,7 +28,7 @@ class Tiles:
     block: int = 128
     split: int = 1024
     row_block: int = 1024
-    row_stages: int = 1
+    row_stages: int = 3
     weight_block: int = 1024
     run: int = 32
     chosen_block: int = 32
@@ -47,7 +47,7 @@ def choose_tiles(request: Request) -> Tiles:
         split=_part(sk, parts, least=512 if request.group > 1 else 1024),
         weight_block=max(16, min(1024, MOST_SCORES // heads)),
         run=_run(sk, min(request.topk, sk), most=min(1024, MOST_SCORES // heads)),
-        chosen_block=32 if is_wide else 64,
+        chosen_block=32 if is_wide else 128 if request.group > 1 and request.q.itemsize < 4 else 64,
         chosen_split=_part(min(request.topk, sk), parts, least=256),
     )
 

@@ -18,6 +18,9 @@ from attnopt.kernels.sparq.tiles import Tiles
 from attnopt.kernels.sparq.triton_score import LOG2E, Scores, as_bytes, softmax_of_splits, strides_of
 from attnopt.kernels.sparq.triton_select import Chosen, range_of
 
+#: Channels that are summed one after the other in fp32, as multiply-adds do; above it the rounding errors add up.
+EXACT_CHUNK = 32
+
 
 def attend(request: Request, choice: Chosen | None, scores: Scores | None, tiles: Tiles) -> Tensor:
     """(B, H, 1, Dv): exact attention over the chosen positions, all when None; the mean value for what they leave out.
@@ -31,7 +34,8 @@ def attend(request: Request, choice: Chosen | None, scores: Scores | None, tiles
     rest = _Rest.of(request, choice, scores)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     partial = _Partial.of(out, groups, parts, group) if parts > 1 else _Partial()
-    sizes = {"G_PAD": next_power_of_two(group), "DV_PAD": next_power_of_two(v.shape[3])}
+    d_pad, dv_pad = next_power_of_two(q.shape[3]), next_power_of_two(v.shape[3])
+    sizes = {"G_PAD": next_power_of_two(group), "DV_PAD": dv_pad}
     flags = {"BLEND": rest.mean is not None}
     _attend[(groups, parts)](
         q, k, v, as_bytes(kept), positions, rest.logits, rest.part_max, rest.part_sum, rest.mean, rest.there, out,
@@ -41,7 +45,8 @@ def attend(request: Request, choice: Chosen | None, scores: Scores | None, tiles
         k.shape[1], group, q.shape[3], v.shape[3], k.shape[2], chosen, tiles.chosen_split, rest.splits, request.grown,
         request.scale,
         HAS_POSITIONS=positions is not None, IS_WHOLE=parts == 1, **sizes, **flags,
-        D_PAD=next_power_of_two(q.shape[3]), SPLITS_PAD=triton.next_power_of_2(rest.splits),
+        D_PAD=d_pad, CHUNK=d_pad if q.itemsize < 4 else min(d_pad, EXACT_CHUNK),
+        SPLITS_PAD=triton.next_power_of_2(rest.splits),
         BLOCK=tiles.chosen_block, PRECISION=dot_precision(q.dtype),
         num_warps=8 if q.itemsize * max(q.shape[3], v.shape[3]) > 512 else 4,
     )  # fmt: skip
@@ -94,18 +99,17 @@ def _attend(
     q_sb, q_sh, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kept_sb, kept_sn, mean_sb, mean_sh, mean_sd,
     kv_heads, group, d, dv, sk, chosen, split, splits, grown, scale,
     HAS_POSITIONS: tl.constexpr, IS_WHOLE: tl.constexpr, G_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLEND: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    BLEND: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, SPLITS_PAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (p, j): attention of group p over part j of its positions, finished at once when there is one part."""
     pid, part = tl.program_id(0), tl.program_id(1)
     b, h = pid // kv_heads, pid % kv_heads
-    g, c, e = tl.arange(0, G_PAD), tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    q = tl.load(
-        q_ptr + offset(b, q_sb) + offset(h * group + g, q_sh)[:, None] + offset(c, q_sd)[None, :],
-        mask=(g < group)[:, None] & (c < d)[None, :], other=0.0,
-    )  # fmt: skip
-    k_column = k_ptr + offset(b, k_sb) + offset(h, k_sh) + offset(c, k_sd)[:, None]
+    g, e = tl.arange(0, G_PAD), tl.arange(0, DV_PAD)
+    q_row = q_ptr + offset(b, q_sb) + offset(h * group + g, q_sh)[:, None]
+    c, is_head = tl.arange(0, CHUNK), (g < group)[:, None]
+    first_q = _channels(q_row, q_sd, c[None, :], d, is_head)
+    k_head = k_ptr + offset(b, k_sb) + offset(h, k_sh)
     v_row = v_ptr + offset(b, v_sb) + offset(h, v_sh) + offset(e, v_sd)[None, :]
     row = offset(pid, group) + g
 
@@ -128,9 +132,13 @@ def _attend(
             seen &= (pos >= first) & (pos < last)
             if kept_ptr is not None:
                 seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=seen, other=0) != 0
-        k = tl.load(k_column + offset(pos, k_sn)[None, :], mask=(c < d)[:, None] & seen[None, :], other=0.0)
+        k_column = k_head + offset(pos, k_sn)[None, :]
+        s = dot(first_q, _channels(k_column, k_sd, c[:, None], d, seen[None, :]), PRECISION)
+        for at in tl.static_range(CHUNK, D_PAD, CHUNK):
+            q = _channels(q_row, q_sd, (at + c)[None, :], d, is_head)
+            s += dot(q, _channels(k_column, k_sd, (at + c)[:, None], d, seen[None, :]), PRECISION)
         v = tl.load(v_row + offset(pos, v_sn)[:, None], mask=seen[:, None] & (e < dv)[None, :], other=0.0)
-        s = dot(q, k, PRECISION) * (scale * LOG2E)
+        s = s * (scale * LOG2E)
         s = tl.where(seen[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
@@ -163,6 +171,12 @@ def _attend(
         tl.store(
             acc_ptr + offset(at, dv)[:, None] + e[None, :], acc, mask=(g < group)[:, None] & (e < dv)[None, :]
         )
+
+
+@triton.jit
+def _channels(row, stride, c, d, there):
+    """Channels c, of d, of the rows that begin at `row`, either way round; zero for rows that are not there."""
+    return tl.load(row + offset(c, stride), mask=there & (c < d), other=0.0)
 
 
 @triton.jit

@@ -206,7 +206,7 @@ def _channels(
     tl.store(queries_ptr + offset(row, rank)[:, None] + slot[None, :], q, mask=there & chosen[None, :])
     whole = tl.sum(size, axis=1)
     part = tl.sum(tl.where(chosen[None, :], size, 0.0), axis=1)
-    heat = scale * LOG2E * tl.sqrt(whole / tl.where(part > 0, part, 1.0))
+    heat = scale * LOG2E * tl.sqrt_rn(tl.div_rn(whole, tl.where(part > 0, part, 1.0)))
     tl.store(heat_ptr + row, tl.where(part > 0, heat, 0.0), mask=g < group)
 
 
