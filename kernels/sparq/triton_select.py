@@ -2,7 +2,7 @@
 
 The `topk` largest of Sk weights lie in those `topk` runs of m neighbours whose largest weights are the largest: each
 other run is beaten, as a whole, by one weight of each of these. So one program chooses twice, among Sk / m and among
-topk * m integers that it holds in registers, by searching the smallest one to be chosen two bits at a time. Among
+topk * m integers that it holds in registers, by searching the smallest one to be chosen four bits at a time. Among
 equals the lower position wins, in runs as in positions, for runs do not overlap. There is nothing atomic in it.
 """
 
@@ -126,24 +126,47 @@ def store_best(best_ptr, rank, pid, runs, start, BLOCK: tl.constexpr, RUN: tl.co
 
 @triton.jit
 def _smallest(rank, count):
-    """The `count`-th largest of uint32, or 0 where fewer of them are above 0; two bits a step."""
+    """The `count`-th largest of uint32, or 0 where fewer of them are above 0; four bits a step."""
     found = tl.zeros((1,), tl.uint32)
-    for step in range(16):
-        bit = tl.full((1,), 1, tl.uint32) << (30 - 2 * step)
-        # Three counts in one sum: each has 21 bits.
-        at_least = (
-            (rank >= found + bit).to(tl.int64)
-            + ((rank >= found + 2 * bit).to(tl.int64) << 21)
-            + ((rank >= found + 3 * bit).to(tl.int64) << 42)
-        )
-        counts = tl.sum(at_least, axis=0)
+    for step in range(8):
+        shift = 28 - 4 * step
+        # How far above what is found, in units of this step: beyond 15 it was counted in the last one.
+        digit = tl.minimum((rank - found) >> shift, 15)
+        digit = tl.where(rank >= found, digit, 0).to(tl.int32)
+        a, b, c, d, e = tl.reduce(
+            (_counted(digit, 1), _counted(digit, 4), _counted(digit, 7), _counted(digit, 10), _counted(digit, 13)),
+            axis=0, combine_fn=_added,
+        )  # fmt: skip
         enough = (
-            ((counts & 0x1FFFFF) >= count).to(tl.uint32)
-            + (((counts >> 21) & 0x1FFFFF) >= count).to(tl.uint32)
-            + ((counts >> 42) >= count).to(tl.uint32)
+            _enough(a, count) + _enough(b, count) + _enough(c, count) + _enough(d, count) + _enough(e, count)
         )
-        found += enough * bit
+        found += enough.to(tl.uint32) << shift
     return found
+
+
+@triton.jit
+def _counted(digit, least):
+    """Whether a digit is at least `least`, that + 1, that + 2: three counts of 21 bits in one sum."""
+    return (
+        (digit >= least).to(tl.int64)
+        + ((digit >= least + 1).to(tl.int64) << 21)
+        + ((digit >= least + 2).to(tl.int64) << 42)
+    )
+
+
+@triton.jit
+def _added(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def _enough(counts, count):
+    """How many of three counts reach `count`."""
+    return (
+        ((counts & 0x1FFFFF) >= count).to(tl.int32)
+        + (((counts >> 21) & 0x1FFFFF) >= count).to(tl.int32)
+        + ((counts >> 42) >= count).to(tl.int32)
+    )
 
 
 @triton.jit
