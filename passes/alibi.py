@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.mask import FULL, Length, Mask
-from attnopt.passes.alibi_terms import ONE, Factor, Terms, find_slopes, is_same_everywhere, terms_of
+from attnopt.passes.alibi_terms import Factor, find_slopes, steady_terms
 from attnopt.passes.mask_algebra import KEY, QUERY, algebra_for
 from attnopt.passes.mask_bounds import Role
 from attnopt.passes.mask_formula import TRUE, Call, Cases, Formula, Logic, NotUnderstood, Number, parts_of
 from attnopt.passes.mask_numbers import is_constant
 from attnopt.passes.mask_reader import MaskReader, as_numbers
 from attnopt.passes.mask_rules import reader_for
+from attnopt.passes.mask_sums import ONE, Terms, is_same_everywhere
 from attnopt.passes.sizes import Size
 
 #: A finite number at or below this absorbs the score and the slope that it is added to.
@@ -88,7 +89,7 @@ def _has_product(held: Cases) -> bool:
 
 
 def _line(reader: MaskReader, cases: Cases) -> Line | None:
-    told = [(when, terms_of(leaf)) for leaf, when in cases.items()]
+    told = [(when, steady_terms(leaf)) for leaf, when in cases.items()]
     shown = [(when, terms) for when, terms in told if _fill(terms) is None]
     fills = {fill for _, terms in told if (fill := _fill(terms)) is not None}
     visible = reader.logic.disj(when for when, _ in shown)

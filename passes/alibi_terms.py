@@ -6,15 +6,10 @@ from dataclasses import dataclass
 import sympy
 
 from attnopt.passes.linear_coefficient import Source, source_at
-from attnopt.passes.mask_algebra import KEY, QUERY
 from attnopt.passes.mask_formula import FALSE, TRUE, Call, Formula, NotUnderstood, Number, negate
-from attnopt.passes.mask_numbers import is_constant, reads
+from attnopt.passes.mask_numbers import is_constant
 from attnopt.passes.mask_reader import MaskReader
-
-ONE = sympy.Integer(1)
-
-#: factor * expression, added up: factors do not depend on query and key, expressions are integers.
-Terms = Mapping[Number, sympy.Expr]
+from attnopt.passes.mask_sums import ONE, Terms, is_same_everywhere, terms_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,46 +21,12 @@ class Factor:
     inverse: bool = False
 
 
-def terms_of(leaf: Number) -> Terms:
-    """A number as a sum of products. Raises NotUnderstood where it depends on query or key in another way."""
-    match leaf:
-        case sympy.Expr():
-            return {ONE: leaf}
-        case Call("neg", (argument,)):
-            return _scaled(-ONE, terms_of(argument))
-        case Call("add", (left, right)):
-            return _sum(terms_of(left), terms_of(right))
-        case Call("sub", (left, right)):
-            return _sum(terms_of(left), _scaled(-ONE, terms_of(right)))
-        case Call("mul", (left, right)) if is_same_everywhere(left):
-            return _scaled(left, terms_of(right))
-        case Call("mul", (left, right)) if is_same_everywhere(right):
-            return _scaled(right, terms_of(left))
-        case Call("div", (left, right)) if is_same_everywhere(right):
-            return _scaled(_inverse(right), terms_of(left))
-    if not is_same_everywhere(leaf):
+def steady_terms(leaf: Number) -> Terms:
+    """A number as a sum of products whose factors do not depend on query and key, or raises NotUnderstood."""
+    terms = terms_of(leaf)
+    if not all(is_same_everywhere(factor) for factor in terms):
         raise NotUnderstood
-    return {leaf: ONE}
-
-
-def is_same_everywhere(leaf: Number) -> bool:
-    """Whether a number is the same for all queries and keys."""
-    return not (reads(leaf, QUERY) or reads(leaf, KEY))
-
-
-def _inverse(of: Number) -> Number:
-    return 1 / float(of) if is_constant(of) and of else Call("div", (ONE, of))
-
-
-def _sum(left: Terms, right: Terms) -> Terms:
-    total = {factor: sympy.expand(left.get(factor, 0) + right.get(factor, 0)) for factor in {**left, **right}}
-    return {factor: expr for factor, expr in total.items() if expr != 0}
-
-
-def _scaled(by: Number, terms: Terms) -> Terms:
-    if isinstance(by, sympy.Expr):
-        return {factor: sympy.expand(by * expr) for factor, expr in terms.items()}
-    return {(by if factor == ONE else Call("mul", (by, factor))): expr for factor, expr in terms.items()}
+    return terms
 
 
 def find_slopes(reader: MaskReader, slopes: Mapping[Number, Formula]) -> tuple[Factor, ...]:

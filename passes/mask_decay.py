@@ -37,10 +37,9 @@ from attnopt.passes.mask_formula import (
 from attnopt.passes.mask_numbers import is_constant, moved, reads
 from attnopt.passes.mask_reader import MaskReader, as_numbers
 from attnopt.passes.mask_rules import reader_for
+from attnopt.passes.mask_sums import ONE, Terms, added, is_same_everywhere, scaled, terms_of
 from attnopt.passes.mask_writes import arguments, operation, writes_after
 from attnopt.passes.sizes import Size, same
-
-ONE = sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +56,6 @@ class DecayReading:
     kind: Literal["none", "per_head", "per_token"]
     log_decay: Coefficient | None = None
     cumulative: bool = False
-
-
-#: factor * expr, added up: factors are opaque or constant, expressions are integers.
-Terms = Mapping[Number, sympy.Expr]
 
 
 def read_decay(
@@ -102,13 +97,13 @@ def _exponent(leaf: Number) -> Terms:
     """e, for a number that is exp(e)."""
     match leaf:
         case Call("exp", (argument,)):
-            return _linear(argument)
-        case Call("pow", (base, power)) if _is_scalar(base):
-            return _scaled(_log(base), _linear(power))
+            return terms_of(argument)
+        case Call("pow", (base, power)) if is_same_everywhere(base):
+            return scaled(_log(base), terms_of(power))
         case Call("mul", (left, right)):
-            return _sum(_exponent(left), _exponent(right))
+            return added(_exponent(left), _exponent(right))
         case Call("div", (left, right)):
-            return _sum(_exponent(left), _scaled(-ONE, _exponent(right)))
+            return added(_exponent(left), scaled(-ONE, _exponent(right)))
     if leaf == ONE:
         return {}
     raise NotUnderstood
@@ -121,40 +116,6 @@ def _log(base: Number) -> Number:
     if number <= 0 or math.isinf(number):
         raise NotUnderstood
     return math.log(number)
-
-
-def _linear(leaf: Number) -> Terms:
-    """A number as a sum of factors times integer expressions."""
-    match leaf:
-        case sympy.Expr():
-            return {ONE: leaf}
-        case Call("neg", (argument,)):
-            return _scaled(-ONE, _linear(argument))
-        case Call("add", (left, right)):
-            return _sum(_linear(left), _linear(right))
-        case Call("sub", (left, right)):
-            return _sum(_linear(left), _scaled(-ONE, _linear(right)))
-        case Call("mul", (left, right)) if _is_scalar(left):
-            return _scaled(left, _linear(right))
-        case Call("mul", (left, right)) if _is_scalar(right):
-            return _scaled(right, _linear(left))
-    return {leaf: ONE}
-
-
-def _is_scalar(leaf: Number) -> bool:
-    """Whether a number is the same for all queries and keys."""
-    return not (reads(leaf, QUERY) or reads(leaf, KEY))
-
-
-def _sum(left: Terms, right: Terms) -> Terms:
-    total = {factor: sympy.expand(left.get(factor, 0) + right.get(factor, 0)) for factor in {**left, **right}}
-    return {factor: expr for factor, expr in total.items() if expr != 0}
-
-
-def _scaled(by: Number, terms: Terms) -> Terms:
-    if isinstance(by, sympy.Expr):
-        return {factor: sympy.expand(by * expr) for factor, expr in terms.items()}
-    return {(by if factor == ONE else Call("mul", (by, factor))): expr for factor, expr in terms.items()}
 
 
 def _under(logic: Logic, condition: Formula, terms: Terms) -> Terms:
@@ -180,7 +141,7 @@ def _named(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReading | 
         return _per_token(reader, causal, exponent)
     ((factor, expr), *others) = exponent.items()
     per_step = sympy.cancel(expr / (QUERY - KEY))
-    if others or not _is_scalar(factor) or not _is_scalar(per_step):
+    if others or not is_same_everywhere(factor) or not is_same_everywhere(per_step):
         return None
     rate = times(coefficient(reader, per_step), coefficient(reader, factor))
     grows = isinstance(rate, Const) and rate.value > 0
@@ -208,8 +169,8 @@ def _per_token(reader: MaskReader, causal: Mask, exponent: Terms) -> DecayReadin
 def _without_scalars(number: Number) -> tuple[list[Number], Number]:
     """The factors that are the same for all tokens, and the number without them."""
     match number:
-        case Call("mul", (left, right)) if _is_scalar(left) or _is_scalar(right):
-            scalar, rest = (left, right) if _is_scalar(left) else (right, left)
+        case Call("mul", (left, right)) if is_same_everywhere(left) or is_same_everywhere(right):
+            scalar, rest = (left, right) if is_same_everywhere(left) else (right, left)
             scalars, inner = _without_scalars(rest)
             return [scalar, *scalars], inner
     return [], number
