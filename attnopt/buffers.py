@@ -19,6 +19,8 @@ from torch.fx import GraphModule
 BUFFER = "attnopt_buffer"
 #: Attribute of a tensor that one compiled graph hands to another.
 NOTE = "_attnopt_note"
+#: Key in the metadata of an input of an exported program that is a parameter, a buffer or a constant.
+HELD = "attnopt_held"
 #: A tensor with more elements is no mask: it would have to be looked at as a whole.
 LARGEST = 1 << 24
 
@@ -76,6 +78,11 @@ def note_on(value: Any) -> object:
         return None
     version, proven = getattr(value, NOTE, (None, None))
     return proven if version == value._version else None
+
+
+def is_held(meta: Mapping[str, Any]) -> bool:
+    """Whether a graph input is a parameter or a buffer; HELD is set for exported programs."""
+    return HELD in meta or _is_held(meta)
 
 
 def _is_held(meta: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from attnopt import cli_bench, cli_compare, cli_sources, files
+from attnopt import cli_bench, cli_compare, cli_evaluate, cli_sources, files
 from attnopt.cli_compare import OutputCheck
 from attnopt.cli_flags import Output
 from attnopt.cli_sources import Source
@@ -107,10 +107,12 @@ def rewrite(
     output: Output,
     *,
     require_match: bool,
+    text: tuple[str, Path] | None = None,
 ) -> Rewritten:
     """Rewrites, compares on the example inputs, writes. Raises VerificationError before anything is written.
 
-    require_match: write nothing when no site was rewritten.
+    require_match: write nothing when no site was rewritten. text: SOURCE as it was written, and a text on which to
+    measure what the rewrite costs.
     """
     if to:
         to.check(source.files)
@@ -125,6 +127,10 @@ def rewrite(
         ):
             checks = cli_compare.compare(program, rewritten, source.args, source.kwargs, exact=exact)
     _need_agreement(checks)
+    if text:
+        with output.step(f"running both on {text[1]}"):
+            found = cli_evaluate.evaluate(text[1], text[0], source, program, rewritten)
+        report = replace(report, evaluation=found.as_dict())
     if require_match and not report.having("rewritten"):
         return Rewritten(report, checks, None)
     if to:

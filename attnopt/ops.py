@@ -3,7 +3,7 @@
 from attnopt.kernels.lightning.op import lightning_attention, lightning_step
 from attnopt.kernels.sparq.op import sparq_attention
 from attnopt.kernels.sparq.op_step import sparq_append, sparq_step
-from attnopt.kernels.streaming.op import streaming_attention
+from attnopt.kernels.streaming.places import streaming_attention
 
 __all__ = [
     "lightning_attention",

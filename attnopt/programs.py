@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from attnopt.approximation import measure
 from attnopt.backend import PROVEN, check_strict, keep, rewrite_graph
 from attnopt.breaks import Listener
-from attnopt.buffers import offer, offer_noted
+from attnopt.buffers import HELD, offer, offer_noted
 from attnopt.errors import UnsupportedError
 from attnopt.guards import Noting
 from attnopt.options import Options
@@ -63,8 +63,12 @@ def _copied(module: GraphModule) -> GraphModule:
 
 def _mark_constants(module: GraphModule, program: ExportedProgram) -> None:
     """Export lifts literals such as `torch.tensor(8.0)` to inputs; readers may look at their values."""
-    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    signature = program.graph_signature
+    lifted = signature.inputs_to_lifted_tensor_constants
+    held = {*lifted, *signature.inputs_to_parameters, *signature.inputs_to_buffers}
     for node in module.graph.nodes:
+        if node.op == "placeholder" and node.name in held:
+            node.meta[HELD] = program.constants.get(signature.inputs_to_buffers.get(node.name, ""), True)
         if node.op == "placeholder" and node.name in lifted:
             node.meta[CONSTANT] = program.constants[lifted[node.name]]
 

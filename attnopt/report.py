@@ -65,6 +65,9 @@ class Report:
         default_factory=dict
     )  # outside the graphs: capture, inner compiler, ...
     warnings: tuple[str, ...] = ()  # fallbacks and waivers, one sentence each
+    evaluation: Mapping[str, str | float] = field(
+        default_factory=dict
+    )  # what the rewrite costs on a text, if asked
 
     def having(self, *verdicts: Verdict) -> tuple[SiteReport, ...]:
         """The sites with one of these verdicts, in the order of the graph."""
@@ -124,6 +127,7 @@ def _merge(first: Report, second: Report) -> Report:
         versions=second.versions,
         seconds=_added(first.seconds, second.seconds),
         warnings=tuple(dict.fromkeys(first.warnings + second.warnings)),
+        evaluation=second.evaluation or first.evaluation,
     )
 
 

@@ -167,6 +167,11 @@ def _option(value: object) -> object:
     return value
 
 
+def _fact(value: object) -> object:
+    """Text or a number."""
+    return _text(value) if isinstance(value, str) and value not in _SPECIAL else _number(value)
+
+
 def _site(value: object) -> SiteReport:
     site: SiteReport = _build(SiteReport, _SITE, value, "site")
     return site
@@ -202,5 +207,6 @@ _REPORT: Mapping[str, Reader] = MappingProxyType(
         "versions": partial(_mapping_of, _text),
         "seconds": partial(_mapping_of, _number),
         "warnings": partial(_tuple_of, _text),
+        "evaluation": partial(_mapping_of, _fact),
     }
 )

@@ -1,7 +1,7 @@
 """The report as plain text, 100 columns wide or as wide as asked; no colour, no terminal needed."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from attnopt.report import Report, SiteReport
@@ -22,9 +22,21 @@ def render(report: Report, width: int = WIDTH) -> str:
         page.not_attention(report.having("rejected")),
         page.listed("graph breaks (an attention that spans one cannot be found)", report.graph_breaks),
         page.listed("warnings", report.warnings),
+        page.listed(f"evaluated on {report.evaluation.get('text')}", tuple(_evaluated(report))),
         page.wrap(summary(report), "", ""),
     ]
     return _printable("\n\n".join(block for block in blocks if block))
+
+
+def _evaluated(report: Report) -> Iterator[str]:
+    """What the rewrite costs on a text."""
+    found = {name: value for name, value in report.evaluation.items() if isinstance(value, int | float)}
+    if {"perplexity_before", "perplexity_after", "perplexity_change", "logits_error"} <= {*found}:
+        before, after = found["perplexity_before"], found["perplexity_after"]
+        yield f"perplexity {before:.5g} -> {after:.5g} ({100 * found['perplexity_change']:+.2f} %)"
+        yield f"logits {found['logits_error']:.2e} apart, relative"
+        cut = f"in pieces of {report.evaluation.get('length')} ({report.evaluation.get('tokenizer')})"
+        yield f"{count(int(found.get('tokens', 0)), 'token')} predicted, {cut}"
 
 
 def totals(report: Report) -> str:

@@ -52,6 +52,9 @@ class SiteMeta:
     library: bool = (
         False  # whether the graph calls scaled_dot_product_attention: its gradients are that call's
     )
+    streamed: "SiteMeta | str" = (
+        ""  # the site as streaming attention where that was asked for, or why it is not
+    )
 
     @property
     def device(self) -> torch.device:
@@ -136,6 +139,7 @@ class Site:
         False  # the graph takes exp of logits of any size, and overflows where the call does not
     )
     forward_only: str = ""  # why a call would have other gradients than the graph, where it would
+    remark: str = ""  # what the report says of it, where something could not be seen
     needless: str = ""  # why a call would save nothing, where something else needs the inner values anyway
     body: "tuple[Node, ...]" = ()  # what computes the root, in order, where walking up from it would not tell
     state: "tuple[Node, object] | None" = None  # the node that is the last state, and its passes.site.Result

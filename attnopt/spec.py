@@ -77,11 +77,38 @@ class Normaliser:
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """SparQ for one query: `rank` channels score all keys, `topk` keys are read, the last `local` among them always."""
+    """SparQ for one query: `rank` channels score all keys, `topk` keys are read, the last `local` among them always.
+
+    beside: operands that a cache keeps in step with k and v: "k_t" (B, Hkv, D, Sk), "v_mean" (B, Hkv, Dv) in fp32.
+    """
 
     rank: int
     topk: int
     local: int
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Positions are places among the keys that a query sees (StreamingLLM, arXiv:2309.17453, section 3.2).
+
+    Query i stands at t = i + offset, at the place min(t, last) once keys are dropped. turned: of the first `sinks` keys
+    those that the window has left behind are scored with the operand `far` (B, H, Sq, D) in the stead of q: the query
+    turned to its place. With `alibi` their distance is counted from the place. The window lies at its true distance.
+    """
+
+    sinks: int
+    window: int
+    offset: Length = TOP_LEFT
+    turned: bool = False
+
+    @property
+    def last(self) -> int:
+        """The place of every query that has lost a key: L - 1 for L = sinks + window."""
+        return self.sinks + self.window - 1
+
+    def __str__(self) -> str:
+        return f"positions as places (last {self.last})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +147,18 @@ class AttentionSpec:
     sparse: Sparse | None = None  # never read from a graph: an approximation that the user asked for
     precision: Precision = Precision()
     alibi: Alibi | None = None  # operand slopes, in at least fp32: one more bias, which no tensor holds
+    stream: Stream | None = None  # never read from a graph, as `sparse`
 
     def operand_names(self) -> tuple[str, ...]:
         """Every tensor that the site reads, in order; a kernel call must read exactly these."""
         named = [*self.mask.operand_names(), *self.bias]
         extra = [
+            ("far", self.stream is not None and self.stream.turned),
             ("slopes", self.alibi is not None), ("sink_logits", self.sink_logits),
             ("log_decay", self.decay is not Decay.NONE), ("initial_state", self.initial_state),
         ]  # fmt: skip
-        return ("q", "k", "v", *named, *(name for name, there in extra if there))
+        beside = () if self.sparse is None else self.sparse.beside
+        return ("q", "k", "v", *named, *(name for name, there in extra if there), *beside)
 
     def __str__(self) -> str:
         return " ".join([self.family, *filter(None, (_describe(self, f.name) for f in fields(self)[1:]))])
@@ -163,14 +193,14 @@ def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901, PLR0912 - o
             return f"empty={value.value}"
         case "bias", (_, *_):
             return "bias" if len(value) == 1 else f"bias x{len(value)}"
-        case "alibi", Alibi():
+        case (("alibi" | "stream"), Alibi() | Stream()):
             return str(value)
         case "decay", Decay.PER_HEAD | Decay.PER_TOKEN:
             return f"decay {value.value}"
         case (("softcap" | "dropout"), float()) if value:
             return f"{name}={value:g}"
-        case "sparse", Sparse(rank, topk, local):
-            return f"sparq(r={rank}, k={topk}, l={local})"
+        case "sparse", Sparse(rank, topk, local, beside):
+            return f"sparq({', '.join((f'r={rank}', f'k={topk}', f'l={local}', *beside))})"
         case "sink_logits", True:
             return "sink logits"
         case "sink_per_query", True:

@@ -14,7 +14,7 @@ from _record import measure, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnopt.kernels.streaming.op import streaming_attention
+from attnopt.kernels.streaming.places import streaming_attention
 
 HEADS, WIDTH, SINKS = 8, 64, 4
 LENGTH, WINDOWS = 4096, (256, 1024)

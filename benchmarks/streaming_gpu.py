@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnopt.kernels.streaming import chunked, triton_backward, triton_forward, triton_hopper
-from attnopt.kernels.streaming.op import streaming_attention
+from attnopt.kernels.streaming.places import streaming_attention
 from attnopt.kernels.streaming.problem import Problem
 from attnopt.kernels.streaming.reach import reach
 from attnopt.kernels.streaming.triton_tiles import BY_KEYS, BY_QUERIES, Tiles, tiles_for

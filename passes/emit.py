@@ -137,6 +137,7 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
     value = value if operand.dtype is None else _cast(value, operand.dtype)
     needed = operand.layout is not None or name.rstrip("0123456789") in (
         "q",
+        "far",
         "k",
         "v",
         "padding",

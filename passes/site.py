@@ -83,7 +83,7 @@ class Roles:
     def layout(self, name: str) -> tuple[Axes, ...]:
         """The canonical dimensions of an operand, as AttentionSpec states them."""
         match name.rstrip("0123456789"):
-            case "q":
+            case "q" | "far":
                 return self.batch, self.heads, self.query, self.d
             case "k":
                 return self.batch, self.kv_heads, self.key, self.d

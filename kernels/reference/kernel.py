@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.rule import Cost, SiteMeta
-from attnopt.spec import AttentionSpec, Decay, EmptyRow
+from attnopt.spec import Alibi, AttentionSpec, Decay, EmptyRow, Stream
 
 
 class ReferenceKernel:
@@ -19,7 +19,7 @@ class ReferenceKernel:
     reads = frozenset(
         {
             "scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits", "sink_per_query",
-            "decay", "normaliser", "initial_state", "final_state",
+            "decay", "normaliser", "initial_state", "final_state", "stream",
         }
     )  # fmt: skip
 
@@ -40,7 +40,28 @@ class ReferenceKernel:
 
 def _scores(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     q, k = operands["q"], operands["k"].repeat_interleave(spec.heads.share, dim=1)
-    return spec.scale * (q @ k.transpose(-1, -2))
+    scores = spec.scale * (q @ k.transpose(-1, -2))
+    if spec.stream is None or not spec.stream.turned:
+        return scores
+    far = spec.scale * (operands["far"] @ k.transpose(-1, -2))
+    sq, sk = scores.shape[-2:]
+    return torch.where(_left_behind(spec.stream, sq, sk, q.device), far, scores)
+
+
+def _left_behind(stream: Stream, sq: int, sk: int, device: torch.device) -> Tensor:
+    """Which keys are sinks that the window does not hold any more, (Sq, Sk)."""
+    i, j = (torch.arange(n, device=device) for n in (sq, sk))
+    return (j < stream.sinks) & (j <= i[:, None] + stream.offset.at(sq, sk) - stream.window)
+
+
+def _line(spec: AttentionSpec, alibi: Alibi, slopes: Tensor, sq: int, sk: int) -> Tensor:
+    """ALiBi's bias; of a stream, to the sinks from the query's place."""
+    if spec.stream is None:
+        return alibi.dense(slopes, sq, sk)
+    i, j = (torch.arange(n, device=slopes.device) for n in (sq, sk))
+    t = (i + spec.stream.offset.at(sq, sk))[:, None]
+    at = torch.where(j < spec.stream.sinks, t.clamp(max=spec.stream.last), t)
+    return slopes.reshape(-1, slopes.shape[-1], 1, 1) * (j - at).to(slopes.dtype)
 
 
 def _values(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
@@ -59,7 +80,7 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     for name in spec.bias:
         scores = scores + operands[name].to(scores.dtype)
     if spec.alibi is not None:
-        scores = scores + spec.alibi.dense(operands["slopes"].to(scores.dtype), *scores.shape[-2:])
+        scores = scores + _line(spec, spec.alibi, operands["slopes"].to(scores.dtype), *scores.shape[-2:])
     visible = _visible(spec, scores, operands)
     logits = scores.masked_fill(~visible, float("-inf"))
     if spec.sink_logits:

@@ -11,10 +11,11 @@ from torch import Tensor
 from attnopt.errors import UnsupportedError
 from attnopt.kernels.streaming.checks import DTYPES, WIDEST
 from attnopt.kernels.streaming.op import attend, four_dimensional
+from attnopt.kernels.streaming.places import Placed, attend_in_places
 from attnopt.kernels.streaming.reach import reach
 from attnopt.mask import Band, band
 from attnopt.rule import Cost, SiteMeta
-from attnopt.spec import MEANS, AttentionSpec, EmptyRow
+from attnopt.spec import MEANS, AttentionSpec, EmptyRow, Stream
 
 #: What the op calls each meaning of a row without keys; without gradients, the two means are one.
 _EMPTY_ROWS = {
@@ -35,7 +36,9 @@ class StreamingKernel:
     name = "streaming"
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
-    reads = frozenset({"scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits"})
+    reads = frozenset(
+        {"scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits", "stream"}
+    )
 
     def refuse(self, site: SiteMeta) -> str | None:
         """Serves one float dtype, heads of at most 256 channels, and masks that are bands."""
@@ -67,6 +70,8 @@ class StreamingKernel:
         """One call of the op; several dense masks become one, several biases their sum."""
         q, k, v = (operands[name] for name in "qkv")
         form = _form(spec)
+        if spec.stream is not None:
+            return attend_in_places(_placed(spec, spec.stream, form, operands))
         o, _, _ = attend(
             *(q, k, v, _bias(spec, operands), _mask(form, operands), _padding(form, operands, q, k)),
             operands["sink_logits"] if spec.sink_logits else None,
@@ -80,6 +85,23 @@ class StreamingKernel:
             **_line(spec, operands),
         )
         return o
+
+
+def _placed(spec: AttentionSpec, stream: Stream, form: Band, operands: Mapping[str, Tensor]) -> Placed:
+    """What is left of a site whose positions are places: a causal mask, cut."""
+    q, k, v = (operands[name] for name in "qkv")
+    return Placed(
+        *(q, operands["far"] if stream.turned else q, k, v),
+        scale=spec.scale,
+        offset=stream.offset.at(q.shape[2], k.shape[2]),
+        sinks=stream.sinks,
+        window=stream.window,
+        bias=_bias(spec, operands),
+        key_padding=_padding(form, operands, q, k),
+        sink_logits=operands["sink_logits"] if spec.sink_logits else None,
+        softcap=spec.softcap,
+        slopes=_line(spec, operands)["slopes"],
+    )
 
 
 def _form(spec: AttentionSpec) -> Band:
@@ -105,11 +127,12 @@ def _efficiency(site: SiteMeta, dense: int) -> float:
 
 
 def _bias(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor | None:
-    """The sum of all biases, not in less than fp32 if there are several."""
+    """The sum of all biases, if there are several in at least fp32 and q's dtype: two lowest numbers are more there."""
     found = [four_dimensional(operands[name]) for name in spec.bias]
     if len(found) < 2:
         return found[0] if found else None
-    return reduce(add, (x.to(torch.promote_types(x.dtype, torch.float32)) for x in found))
+    wide = torch.promote_types(operands["q"].dtype, torch.float32)
+    return reduce(add, (x.to(torch.promote_types(x.dtype, wide)) for x in found))
 
 
 def _line(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> dict[str, Any]:

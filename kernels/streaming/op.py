@@ -1,4 +1,4 @@
-"""The differentiable op behind structured softmax attention, and `streaming_attention`: sinks + sliding window.
+"""The differentiable op behind structured softmax attention: causal, windows, sinks, prefixes, padding, biases.
 
 Sinks + window: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, section 3.
 """
@@ -11,48 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnopt.errors import OptionError
 from attnopt.kernels.streaming.checks import check
 from attnopt.kernels.streaming.problem import Answer, Gradients, Problem, Wanted
 from attnopt.kernels.streaming.reach import reach
-
-
-def streaming_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    sinks: int = 4,
-    window: int = 1024,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-    key_padding: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
-    """Causal attention in which each query sees the first `sinks` keys and the last `window`, its own included.
-
-    q: (B, H, Sq, D), k: (B, Hkv, Sk, D), v: (B, Hkv, Sk, Dv); half, bfloat16, float or double; D, Dv <= 256; any
-    strides; query head h reads kv head h // (H / Hkv). The last query stands at the last key: with Sq < Sk the
-    queries continue a sequence, as in FlashAttention. scale: D ** -0.5 by default. bias: float, broadcastable to
-    (B, H, Sq, Sk), added to the scaled scores. key_padding: bool (B, Sk), True where the key is kept.
-    slopes: float (H,) or (B, H), times how far a key lies behind the query, which is taken off its score: ALiBi
-    (arXiv:2108.12409), without a tensor of all pairs. Returns (B, H, Sq, Dv) in q's dtype; a query that sees no key
-    returns zeros.
-
-    Differentiable in q, k, v, bias and slopes. Raises ShapeError where tensors do not fit together, OptionError where
-    sinks or window cannot be, UnsupportedError where D is too large or the dtype unknown. arXiv 2309.17453, section 3.
-    """
-    if sinks < 0 or window < 1:
-        raise OptionError(
-            f"sinks={sinks}, window={window}; wanted sinks >= 0 and window >= 1: a query sees itself"
-        )
-    check(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bias = None if bias is None else four_dimensional(bias)
-    slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
-    offset, prefix, softcap = k.shape[2] - q.shape[2], 0, None
-    numbers = (scale, offset, window, sinks, prefix, softcap, "zero")
-    return attend(q, k, v, bias, None, key_padding, None, *numbers, slopes, offset, symmetric=False)[0]
 
 
 def four_dimensional(x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnopt.errors import AttnoptError, OptionError, ShapeError, UnsupportedError
 from attnopt.kernels.streaming import chunked
-from attnopt.kernels.streaming.op import attend, streaming_attention
+from attnopt.kernels.streaming.op import attend
+from attnopt.kernels.streaming.places import streaming_attention
 from attnopt.kernels.streaming.problem import Wanted
 from attnopt.kernels.streaming.reach import Reach
 

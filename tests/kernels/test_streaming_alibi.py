@@ -17,7 +17,8 @@ from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
 from attnopt.kernels.sdpa.kernel import KERNEL as SDPA
 from attnopt.kernels.streaming import chunked, triton_backward, triton_forward
 from attnopt.kernels.streaming.kernel import KERNEL
-from attnopt.kernels.streaming.op import attend, streaming_attention
+from attnopt.kernels.streaming.op import attend
+from attnopt.kernels.streaming.places import streaming_attention
 from attnopt.kernels.streaming.problem import Gradients, Wanted
 from attnopt.kernels.streaming.triton_tiles import Tiles
 from attnopt.mask import BOTTOM_RIGHT, FULL, Causal, First, KeyPadding, Length, Mask, Window

@@ -23,7 +23,8 @@ from streaming_cases import (
 from torch import Tensor
 
 from attnopt.kernels.streaming import chunked, triton_backward, triton_forward
-from attnopt.kernels.streaming.op import attend, streaming_attention
+from attnopt.kernels.streaming.op import attend
+from attnopt.kernels.streaming.places import streaming_attention
 from attnopt.kernels.streaming.problem import Answer, Gradients, Wanted
 from attnopt.kernels.streaming.triton_tiles import BY_KEYS, BY_QUERIES, SMALLEST, Tiles, choose
 

@@ -16,6 +16,7 @@ from attnopt.spec import (
     Normaliser,
     Precision,
     Sparse,
+    Stream,
     unread_fields,
 )
 
@@ -36,6 +37,7 @@ CHANGES = {
     "final_state": (True, "final state"),
     "dropout": (0.25, "dropout=0.25"),
     "sparse": (Sparse(8, 16, 4), "sparq(r=8, k=16, l=4)"),
+    "stream": (Stream(4, 60), "positions as places (last 63)"),
 }
 
 
