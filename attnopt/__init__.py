@@ -9,17 +9,23 @@ finds every attention in a model, however it is spelled, proves what it computes
 from typing import TYPE_CHECKING
 
 from attnopt import ops
-from attnopt.options import Options
-from attnopt.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from attnopt.backend import reports
+    from attnopt.options import Options
     from attnopt.programs import explain, rewrite
+    from attnopt.spec import AttentionSpec
 
 __version__ = "0.1.0"
 __all__ = ["AttentionSpec", "Options", "__version__", "explain", "ops", "reports", "rewrite"]
 
-_LAZY = {"explain": "attnopt.programs", "rewrite": "attnopt.programs", "reports": "attnopt.backend"}
+_LAZY = {
+    "AttentionSpec": "attnopt.spec",
+    "Options": "attnopt.options",
+    "explain": "attnopt.programs",
+    "reports": "attnopt.backend",
+    "rewrite": "attnopt.programs",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Graph, GraphModule
 
 from attnopt import breaks
+from attnopt.approximation_steps import measured
 from attnopt.buffers import note_on, offer, offer_noted
 from attnopt.errors import OptionError, StrictError, UnsupportedError
 from attnopt.guards import Either, Guarded, Holds, Noting, guards_of, notes_of
@@ -60,6 +61,8 @@ def attnopt(
     offer_noted(module, inputs)
     work = _Work(module, inputs, chosen)
     report, edits = work.rewritten()
+    if chosen.verify != "off":
+        report = measured(report, edits, module, inputs)
     report = with_graph_breaks(report, breaks.of_graph(module))
     keep(report)
     if chosen.strict:

@@ -1,10 +1,13 @@
-"""Key/value caches of constant size for unlimited text: attention sinks and a rolling window, exact in every position.
+"""Key/value caches: of constant size for unlimited text (sinks and a rolling window), and for decoding with SparQ.
 
 cache = StreamingCache(sinks=4, window=1020, rotary=Rotary.of(64, base=10_000.0))
 for layer, (q, k, v) in ...:
     out = cache.attend(q, k, v, layer=layer)
 
 with attnopt.caches.streaming(model, sinks=4, window=1020) as cache:  # a model of transformers
+    model.generate(ids, past_key_values=cache)
+
+with attnopt.caches.sparq(model, capacity=4096) as cache:
     model.generate(ids, past_key_values=cache)
 """
 
@@ -20,8 +23,9 @@ from attnopt.caches_rotary import Rotary
 from attnopt.errors import MissingError, OptionError, ShapeError
 from attnopt.kernels.streaming.checks import check
 from attnopt.kernels.streaming.ring import Span
+from attnopt.sparq_cache import KeyLayouts, Memory, Plan, SparqCache, check_choices
 
-__all__ = ["Rotary", "StreamingCache", "streaming"]
+__all__ = ["Memory", "Plan", "Rotary", "SparqCache", "StreamingCache", "sparq", "streaming"]
 
 #: Whether `window` counts the query's own key (transformers' SinkCache), or stands beside it (the authors' script).
 Counting = Literal["within", "beside"]
@@ -181,6 +185,45 @@ def streaming(
             f"transformers cannot be imported ({error}); install attnopt[hf], or use StreamingCache"
         ) from error
     with attached(model, span_of(sinks, window, counting, rollback)) as cache:
+        yield cache
+
+
+@contextmanager
+def sparq(
+    model: torch.nn.Module,
+    *,
+    capacity: int,
+    rank: int = 32,
+    topk: int = 128,
+    local: int = 32,
+    mean_value: bool | None = None,
+    keys: KeyLayouts = "both",
+) -> Iterator[Any]:
+    """A cache for `model.generate(past_key_values=...)` of a transformers decoder; the model is as before afterwards.
+
+    While the context is open a prompt is attended to exactly and each decoded token by SparQ (arXiv 2312.04985), an
+    approximation, as `ops.sparq_step` says; `topk` >= the length is exact. Buffers for `capacity` positions are claimed
+    at the first forward and never move, so a decoding step compiles once (fullgraph=True) and can be captured in a CUDA
+    graph. Left padding of a prompt is read from its mask. keys: "both" layouts take half as much memory again as a
+    plain cache; "one" takes no more, but then nearly all keys are read in each step: see `Plan`.
+    `cache.memory()` says what was claimed; several caches of one model: `cache.fresh()`.
+
+    After the context the cache still works, as a plain static cache with exact attention; torch.compile with
+    backend="attnopt" and options={"softmax": "sparq"} then finds both key layouts in the graph.
+
+    Raises OptionError for numbers that cannot be and for other models, UnsupportedError where attention does not go
+    through transformers' AttentionInterface in each layer, once and in order, or is more than causal (sliding windows,
+    softcap, sink logits), or a prompt is not padded on the left. MissingError without transformers.
+    """
+    check_choices(capacity, rank, topk, local, keys)
+    try:
+        from attnopt.caches_sparq_attached import attached
+        from attnopt.caches_sparq_layer import Choices
+    except ImportError as error:
+        raise MissingError(
+            f"transformers cannot be imported ({error}); install attnopt[hf], or use SparqCache"
+        ) from error
+    with attached(model, capacity, keys, Choices(rank, topk, local, mean_value)) as cache:
         yield cache
 
 

@@ -1,4 +1,4 @@
-"""The command line: rewrite, explain, bench, report, rules, doctor.
+"""The command line: rewrite, explain, bench, tune, report, rules, doctor.
 
 Data on stdout, progress on stderr. Exit codes: 0 done, 1 internal error, 2 usage, 3 nothing matched under
 --require-match (or a site left alone under --strict), 4 verification failed, 5 unsafe file refused, 6 missing package
@@ -88,6 +88,10 @@ def rewrite(
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     require_match: RequireMatch = False,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXT", help="A text on which to measure perplexity before and after."),
+    ] = None,
     allow_unsafe_load: Unsafe = False,
     output: Output,
     options: Options,
@@ -100,7 +104,8 @@ def rewrite(
     loaded = cli_work.load(source, inputs, output, allow_unsafe=allow_unsafe_load)
     with output.step("exporting"):
         program = loaded.exported(axes)
-    done = cli_work.rewrite(program, loaded, target, options, output, require_match=require_match)
+    text = (source, evaluate) if evaluate else None
+    done = cli_work.rewrite(program, loaded, target, options, output, require_match=require_match, text=text)
     output.data(str(done), done.as_dict())
     _need_match(done.report, required=require_match)
 
@@ -151,6 +156,41 @@ def bench(
     plan = cli_bench.Plan(warmup, calls, budget)
     found = cli_work.bench(loaded, plan, options, output, compiled=compiled)
     output.data(str(found), found.as_dict())
+
+
+@app.command()
+@command
+def tune(
+    source: SourceText,
+    *,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A text, or a .json file with token ids.")],
+    max_ppl_increase: Annotated[str, typer.Option(metavar="SHARE", help="What the choice may cost.")] = "1%",
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens of the text, at most.")] = 2048,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens before decoding (default: half).")] = None,
+    rank: Annotated[list[int] | None, typer.Option(min=1, help="A rank to try (default: four).")] = None,
+    topk: Annotated[list[int] | None, typer.Option(min=1, help="A topk to try (default: three).")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|FILE:FUNCTION", help="The tokenizer (default: what lies beside SOURCE)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The JSON to write, for --options and ATTNOPT_OPTIONS.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT", help="An SVG to draw.")] = None,
+    force: Force = False,
+    output: Output,
+) -> None:
+    """Choose SparQ's rank and topk for a language model by the perplexity that they cost on a text."""
+    from attnopt import cli_tune_work
+
+    asked = cli_tune_work.Asked(source, text, tokens, tokenizer, device, out, plot, force)
+    found = cli_tune_work.run(asked, max_ppl_increase, prompt, rank or (), topk or (), output)
+    output.data(str(found), found.as_dict())
+    if found.chosen is None:
+        raise typer.Exit(NO_MATCH)
 
 
 @app.command()

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, dataclass
 from functools import wraps
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Annotated, Any, Literal
 
 import typer
 
 from attnopt import errors
-from attnopt.options import PREFIX, Options, option_fields
+from attnopt.options import PREFIX, Options, option_fields, read_options
 
 Command = Callable[..., None]
 
@@ -114,19 +115,20 @@ def command(function: Command) -> Command:
 
 
 def optioned(function: Command) -> Command:
-    """A command with one flag for each of attnopt's options; `function` gets them checked, as `options`.
+    """A command with one flag for each of attnopt's options, and --options FILE; `function` gets them checked.
 
-    A flag that is not given leaves the choice to the ATTNOPT_* variable, or to the default.
+    A flag that is not given leaves the choice to the file, then to the ATTNOPT_* variable, or to the default.
     """
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "options"]
     names = [spot.name for spot in option_fields()]
 
     @wraps(function)
     def run(**given: Any) -> None:
+        path = given.pop("options_file")
         chosen = {name: value for name in names if (value := given.pop(name)) not in (None, [])}
-        function(**given, options=Options.parse(chosen))
+        function(**given, options=Options.parse({**(read_options(path) if path else {}), **chosen}))
 
-    return _with_parameters(run, [*own, *map(_option_flag, option_fields())])
+    return _with_parameters(run, [*own, _options_file(), *map(_option_flag, option_fields())])
 
 
 def _with_parameters(function: Command, parameters: list[inspect.Parameter]) -> Command:
@@ -135,6 +137,16 @@ def _with_parameters(function: Command, parameters: list[inspect.Parameter]) -> 
     function.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in keyword}
     return function
+
+
+def _options_file() -> inspect.Parameter:
+    flag = typer.Option(
+        "--options",
+        help="A JSON file of options, such as `attnopt tune` writes; other flags go before it.",
+        rich_help_panel="attnopt's options",
+        metavar="FILE",
+    )
+    return _parameter("options_file", Annotated[Path | None, flag], None)
 
 
 def _option_flag(spot: Field[Any]) -> inspect.Parameter:

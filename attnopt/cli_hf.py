@@ -50,6 +50,17 @@ def from_folder(
     return Logits(model.eval()).eval(), (ids,), {}, used, notes
 
 
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer that lies beside a model; SourceError if transformers cannot load it."""
+    transformers = _transformers()
+    found = _gguf(folder)
+    from_gguf = {"gguf_file": found[0].name} if found and not list(folder.glob("tokenizer*")) else {}
+    with Blame(f"loading the tokenizer of {folder}", "say --tokenizer, or give token ids as .json"):
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **from_gguf
+        )
+
+
 def _transformers() -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -84,9 +84,9 @@ def load(text: str, inputs: Sequence[str] = (), *, allow_unsafe: bool = False) -
 
 def _load(text: str, *, allow_unsafe: bool) -> Source:
     path = Path(text)
-    place, colon, factory = text.rpartition(":")
+    place, colon, _ = text.rpartition(":")
     if colon and (place.endswith(".py") or not path.exists()):
-        return _from_factory(text, place, factory)
+        return _from_factory(text, place)
     if not path.exists():
         raise SourceError(f"{text}: no such file; SOURCE is {_FORMS}")
     if path.is_dir() or path.name == "config.json":
@@ -110,16 +110,23 @@ def _from_pt2(path: Path, *, allow_unsafe: bool) -> Source:
     return Source(program, tuple(args), kwargs, (path,), notes)
 
 
-def _from_factory(text: str, place: str, factory: str) -> Source:
+def function_of(text: str) -> Callable[[], Any]:
+    """The function that `file.py:name` or `package.module:name` names; the module is run. Raises SourceError."""
+    place, _, name = text.rpartition(":")
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
-    make = getattr(module, factory, None)
-    if not callable(make):
+    found: Any = getattr(module, name, None)
+    if not callable(found):
         names = [
             n
             for n, v in vars(module).items()
             if callable(v) and getattr(v, "__module__", "") == module.__name__
         ]
-        raise SourceError(f"{text}: {place} has no function {factory!r}; it has {', '.join(names) or 'none'}")
+        raise SourceError(f"{text}: {place} has no function {name!r}; it has {', '.join(names) or 'none'}")
+    return found
+
+
+def _from_factory(text: str, place: str) -> Source:
+    make = function_of(text)
     with Blame(f"{text}: the factory", "-v shows its traceback"):
         made = make()
     model, args, kwargs = _unpacked(text, made)

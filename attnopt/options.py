@@ -1,9 +1,11 @@
 """Options: one frozen dataclass, the source of the `options=` dict, the ATTNOPT_* variables and the CLI flags."""
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from attnopt.errors import OptionError
@@ -14,6 +16,8 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 Value = str | int | bool | tuple[str, ...]
 
 PREFIX = "ATTNOPT_"
+#: The variable that names a file of options.
+FILE = "ATTNOPT_OPTIONS"
 _TRUTH = {
     "1": True,
     "true": True,
@@ -78,15 +82,18 @@ class Options:
     def parse(
         cls, given: "Mapping[str, object] | Options | None" = None, environ: Mapping[str, str] = os.environ
     ) -> "Options":
-        """Defaults, then ATTNOPT_* variables, then `given`; an Options object is complete and returned as it is.
+        """Defaults, then the file that ATTNOPT_OPTIONS names, then the other ATTNOPT_* variables, then `given`.
 
+        An Options object is complete and returned as it is.
         Raises OptionError for an unknown name (with the nearest one) and for a value that the option cannot have.
         """
         if isinstance(given, Options):
             return given
         if given is not None and not isinstance(given, Mapping):
             raise OptionError(f"options are a {type(given).__name__}; wanted a dict, an Options or None")
-        values: dict[str, Any] = {**_from_environment(environ), **_from_mapping(given or {})}
+        named = environ.get(FILE)
+        read = read_options(Path(named)) if named else {}
+        values: dict[str, Any] = {**read, **_from_environment(environ), **_from_mapping(given or {})}
         return cls(**values)
 
     def to_dict(self) -> dict[str, Value]:
@@ -98,6 +105,21 @@ class Options:
         return {
             spot.name: value for spot in fields(self) if (value := getattr(self, spot.name)) != spot.default
         }
+
+
+def read_options(path: Path) -> dict[str, object]:
+    """The options in a JSON file: an object of them, or one that has them under "options", as `attnopt tune` writes.
+
+    Raises OptionError for a file that cannot be read or holds something else.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"the options in {path} cannot be read: {error}") from error
+    found = held.get("options", held) if isinstance(held, dict) else held
+    if not isinstance(found, dict):
+        raise OptionError(f"{path} holds a {type(found).__name__}; wanted a JSON object of options")
+    return _from_mapping(found)
 
 
 def option_fields() -> tuple[Field[Any], ...]:
@@ -120,7 +142,7 @@ def _refuse_misspelt(environ: Mapping[str, str]) -> None:
     known = [PREFIX + spot.name.upper() for spot in option_fields()]
     for variable in environ:
         near = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
-        if variable.startswith(PREFIX) and near and variable not in known:
+        if variable.startswith(PREFIX) and near and variable not in (*known, FILE):
             raise OptionError(f"unknown variable {variable}; did you mean {near[0]}?")
 
 

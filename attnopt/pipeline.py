@@ -1,7 +1,7 @@
 """One graph through all passes: shadow, read, choose, validate, splice. Shared by the backend and `attnopt.rewrite`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from attnopt import locate, policy, verify
+from attnopt.approximation_sparq import Offer, offered
 from attnopt.options import Options
 from attnopt.passes import emit, splice
 from attnopt.passes.autograd import check_gradients
+from attnopt.passes.rope import Known
+from attnopt.passes.rope_stream import Cut, streamed
 from attnopt.passes.settle import settle
 from attnopt.passes.sizes import hint
 from attnopt.reading import Found, read
@@ -102,6 +105,8 @@ class _Pass:
     gradient: bool
     done: verify.Checks
     clock: Clock
+    attentions: frozenset[Node] = frozenset()  # of the graph at hand: where each starts to be read, and ends
+    turns: Known = field(default_factory=dict)  # what is known of rotations in it
 
     def shadow(self, module: GraphModule, around: Around) -> Shadow:
         with self.clock.measure("shadow"):
@@ -113,7 +118,8 @@ class _Pass:
             found = list(read(shadow, rules()))
         edits: list[Edit] = []
         values = dict(shadow.value_of)
-        reports = [self._decide(shadow, each, edits, n, values) for n, each in enumerate(found)]
+        informed = replace(self, attentions=frozenset(_ends(found)))
+        reports = [informed._decide(shadow, each, edits, n, values) for n, each in enumerate(found)]
         with self.clock.measure("splice"):
             splice.finish(shadow, [edit.site for edit in edits])
             module.graph.lint()
@@ -134,16 +140,14 @@ class _Pass:
             meta = self._described(shadow, site)
         except Reject as reject:
             return _left_alone(shadow, Found(found.anchor, None, reject, site.rule))
-        with self.clock.measure("choose"):
-            choice = policy.choose(meta, kernels(), self.options)
-        report = _draft(site, meta, choice)
-        if choice.exact:
-            site = next((other for other in site.otherwise if other.spec == choice.spec), site)
+        offer, choice, site = self._choose(shadow, site, meta)
+        report = offer.noted(_draft(found.site, offer.meta, choice))
         if choice.kernel is None:
             verdict: Verdict = "quarantined" if "quarantined" in choice.reason else "refused"
             return replace(report, verdict=verdict, reason=choice.reason)
         if choice.exact and choice.kernel.name == "sdpa" and is_same_call(site, choice.spec):
-            return replace(report, verdict="kept", reason="the call is the best there is for it already")
+            reason = offer.note or choice.reason or "the call is the best there is for it already"
+            return replace(report, verdict="kept", reason=reason)
         with self.clock.measure("validate"):
             check = self._check(shadow, found.site)  # in the words that say most
         if check.error is not None and not check.agrees:
@@ -157,10 +161,22 @@ class _Pass:
                 splice.splice(shadow, site, traced, values)
         except Reject as reject:
             return replace(report, verdict="refused", reason=reject.reason, kernel=None)
-        edits.append(Edit(shadow, site, choice.spec, choice.kernel, number))
+        edited = site if choice.exact else replace(site, spec=found.site.spec)
+        edits.append(Edit(shadow, edited, choice.spec, choice.kernel, number))
         said = (report.reason, _note(site), f"unverified: {check.reason}" if check.error is None else "")
         notes = "; ".join(filter(None, said))
         return replace(report, verdict="rewritten", error=check.error, reason=notes)
+
+    def _choose(self, shadow: Shadow, site: Site, meta: SiteMeta) -> tuple[Offer, policy.Choice, Site]:
+        """The choice, the site in the words of the choice, and what was offered to choose from."""
+        with self.clock.measure("choose"):
+            near = self._streamed(shadow, site)
+            meta = replace(meta, streamed=near if isinstance(near, str) else self._described(shadow, near))
+            offer = offered(site, meta, self.options)
+            choice = policy.choose(offer.meta, kernels(), offer.options)
+        words = site.otherwise if choice.exact or isinstance(near, str) else (near,)
+        site = next((other for other in words if other.spec == choice.spec), site)
+        return offer, choice, site if choice.spec.sparse is None else offer.site
 
     def _described(self, shadow: Shadow, site: Site) -> SiteMeta:
         if self.gradient:
@@ -169,14 +185,34 @@ class _Pass:
                 raise Reject(site.forward_only, site.root)
         return describe(site, gradient=self.gradient)
 
+    def _streamed(self, shadow: Shadow, site: Site) -> Site | str:
+        """The site as streaming attention where that was asked for, or why it cannot be."""
+        if self.options.softmax != "streaming" or site.spec.family != "softmax":
+            return ""
+        if self.options.assume_causal:
+            site = replace(site, spec=policy.waived(site.spec))
+        try:
+            cut = Cut(self.options.sinks, self.options.window)
+            return streamed(shadow, site, cut, self.attentions, self.turns)
+        except Reject as reject:
+            return f"not cut to sinks and a window: {reject.reason}"
+
     def _check(self, shadow: Shadow, site: Site) -> verify.Check:
         if self.options.verify == "off":
             return verify.Check(None, "verify=off")
         return verify.validate(shadow, site, self.done)
 
 
+def _ends(found: Iterable[Found]) -> Iterator[Node]:
+    for each in found:
+        yield each.anchor
+        yield from () if each.site is None else emit.ends(each.site)
+
+
 def _note(site: Site) -> str:
     """What changes although the meaning does not."""
+    if site.remark:
+        return site.remark
     if site.unshifted:
         return "the graph takes exp of the scores as they are, and overflows where the call does not"
     if site.spec.dropout:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
-from attnopt.mask import BOTTOM_RIGHT, And, Causal, First, Mask, Opaque, Or, Window, band
+from attnopt.mask import BOTTOM_RIGHT, And, Causal, Mask, Opaque, Or
 from attnopt.options import Options
 from attnopt.rule import Cost, Kernel, SiteMeta
 from attnopt.spec import AttentionSpec, EmptyRow, Sparse, unread_fields
@@ -46,22 +46,30 @@ def choose(site: SiteMeta, kernels: Iterable[Kernel], options: Options) -> Choic
     """
     allowed = [kernel for kernel in kernels if _is_allowed(kernel, options)]
     if options.assume_causal and has_opaque(site.spec.mask):
-        waived = replace(site.spec, mask=assumed_causal(site.spec.mask), empty_row=EmptyRow.NEVER)
         chosen = choose(
-            replace(site, spec=waived, otherwise=()), kernels, replace(options, assume_causal=False)
+            replace(site, spec=waived(site.spec), otherwise=()),
+            kernels,
+            replace(options, assume_causal=False),
         )
         return _noted(
             replace(chosen, exact=False), "its mask could not be proven and is taken as causal, on your word"
         )
     wanted = _approximation(site, options)
-    if isinstance(wanted, AttentionSpec):
-        chosen = _serve(replace(site, spec=wanted, otherwise=()), allowed, exact=False)
+    if isinstance(wanted, SiteMeta):
+        chosen = _serve(wanted, allowed, exact=False)
         if chosen.kernel is not None:
             return chosen
         return _noted(
             _serve(site, allowed, exact=True), f"{options.softmax} cannot serve it ({chosen.reason})"
         )
     return _noted(_serve(site, allowed, exact=True), wanted)
+
+
+def waived(spec: AttentionSpec) -> AttentionSpec:
+    """The spec by `assume_causal`."""
+    if not has_opaque(spec.mask):
+        return spec
+    return replace(spec, mask=assumed_causal(spec.mask), empty_row=EmptyRow.NEVER)
 
 
 def has_opaque(mask: Mask) -> bool:
@@ -91,33 +99,20 @@ def _noted(choice: Choice, note: str) -> Choice:
     return replace(choice, reason="; ".join(filter(None, (note, choice.reason))))
 
 
-def _approximation(site: SiteMeta, options: Options) -> AttentionSpec | str:
-    """The approximate spec, or why there is none ("" when none was asked for)."""
+def _approximation(site: SiteMeta, options: Options) -> SiteMeta | str:
+    """The site as the approximation that was asked for, or why there is none ("" when none was)."""
     if options.softmax == "exact" or site.spec.family != "softmax":
         return ""
-    if options.softmax == "streaming":
-        return _streaming(site.spec, options)
-    return _sparse(site, options)
+    return site.streamed if options.softmax == "streaming" else _sparse(site, options)
 
 
-def _streaming(spec: AttentionSpec, options: Options) -> AttentionSpec | str:
-    """Full causal attention cut to the first `sinks` and the last `window` keys."""
-    form = band(spec.mask)
-    if form is None or form.offset is None or form.window is not None or form.prefix:
-        return f"not cut to sinks and a window: its mask is not plainly causal ({spec.mask})"
-    cut = (
-        First(options.sinks) | Window(options.window, form.offset)
-        if options.sinks
-        else Window(options.window, form.offset)
-    )
-    return replace(spec, mask=spec.mask & Causal(form.offset) & cut)
-
-
-def _sparse(site: SiteMeta, options: Options) -> AttentionSpec | str:
+def _sparse(site: SiteMeta, options: Options) -> SiteMeta | str:
     """One query over many keys, of which SparQ reads a few."""
     if site.sizes.sq != 1:
         return "not a decode step (several queries): left exact"
-    return replace(site.spec, sparse=Sparse(options.rank, options.topk, options.local))
+    beside = tuple(name for name in ("k_t", "v_mean") if name in site.operands)
+    spec = replace(site.spec, sparse=Sparse(options.rank, options.topk, options.local, beside))
+    return replace(site, spec=spec, otherwise=())
 
 
 def _serve(site: SiteMeta, kernels: Iterable[Kernel], *, exact: bool) -> Choice:

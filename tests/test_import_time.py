@@ -33,3 +33,14 @@ def brought() -> set[str]:
 @pytest.mark.parametrize("package", HEAVY)
 def test_heavy_packages_wait_until_they_are_used(brought: set[str], package: str) -> None:
     assert [name for name in brought if name == package or name.startswith(f"{package}.")] == []
+
+
+def test_of_attnopt_itself_come_the_operators_and_not_what_they_run(brought: set[str]) -> None:
+    parts = {name.removeprefix("attnopt.") for name in brought if name.startswith("attnopt.")}
+    assert parts - {"ops", "errors"} == {name for name in parts if name.split(".")[0] == "kernels"}
+    assert "kernels.streaming.chunked" not in parts
+
+
+def test_what_waits_is_there_when_it_is_asked_for() -> None:
+    names = "Options, AttentionSpec, explain, rewrite, reports"
+    assert "attnopt.programs" in modules_after(f"from attnopt import {names}")

@@ -21,9 +21,9 @@ EVERYTHING = Sparse(rank=1, topk=2**31 - 1, local=0)
 class SparqKernel:
     """One query over a cache of keys: `topk` of them, chosen by `rank` channels (arXiv 2312.04985).
 
-    A graph holds no channel-major copy of the keys and no running mean of the values. So at a site the channels are
-    picked out of k, and with as many kv heads as query heads the mean of v is taken anew, which reads all of both.
-    The saving in traffic that the paper shows needs a cache that keeps the two; `sparq_attention` takes them.
+    Where the site reads a cache of `attnopt.caches.sparq` the spec names the keys by channel and the running mean of
+    the values as operands. Elsewhere the channels are picked out of k, and with as many kv heads as query heads the
+    mean of v is taken anew, which reads all of both: the saving in traffic that the paper shows is not to be had.
     """
 
     name = "sparq"
@@ -45,30 +45,32 @@ class SparqKernel:
         return _refuse_mask(site)
 
     def cost(self, site: SiteMeta) -> Cost:
-        """Reads all of k (channels lie scattered in it), the chosen keys and values, all of v where it takes a mean."""
+        """Reads r channels of k_t, or all of k, the chosen keys and values, and all of v where it takes a mean."""
         s, sparse = site.sizes, site.spec.sparse or EVERYTHING
-        chosen, is_blended = min(sparse.topk, s.sk), s.heads == s.kv_heads
-        elements = s.sk * s.d + chosen * (s.d + s.dv) + (s.sk * s.dv if is_blended else 0)
+        chosen, takes_mean = min(sparse.topk, s.sk), s.heads == s.kv_heads and "v_mean" not in sparse.beside
+        scored = min(sparse.rank, s.d) if "k_t" in sparse.beside else s.d
+        elements = s.sk * scored + chosen * (s.d + s.dv) + (s.sk * s.dv if takes_mean else 0)
         flops = 2.0 * s.batch * s.heads * (s.sk * min(sparse.rank, s.d) + chosen * (s.d + s.dv))
         return Cost(float(s.batch * s.kv_heads * elements * site.operands["q"].dtype.itemsize), flops)
 
     def run(self, spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
         """(B, H, 1, Dv). A row that sees no key has the spec's meaning; a uniform one over the keys that are chosen."""
-        q, k, v = (operands[name] for name in "qkv")
+        q, k = operands["q"], operands["k"]
         kept = _kept(spec.mask, operands, q.shape[0], k.shape[2], q.device)
         if kept is None or spec.empty_row in (EmptyRow.NEVER, EmptyRow.ZERO):
-            return _attend(spec, q, k, v, kept)
+            return _attend(spec, operands, q, kept)
         seen = kept.any(dim=-1)[:, None, None, None]
         if spec.empty_row is EmptyRow.NAN:
-            return torch.where(seen, _attend(spec, q, k, v, kept), float("nan"))
+            return torch.where(seen, _attend(spec, operands, q, kept), float("nan"))
         # A zero query weighs all keys alike.
-        return _attend(spec, q.where(seen, 0.0), k, v, kept | ~seen[:, 0, 0])
+        return _attend(spec, operands, q.where(seen, 0.0), kept | ~seen[:, 0, 0])
 
 
-def _attend(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
+def _attend(spec: AttentionSpec, held: Mapping[str, Tensor], q: Tensor, kept: Tensor | None) -> Tensor:
     s = spec.sparse or EVERYTHING
     return sparq_attention(
-        q, k, v, rank=s.rank, topk=s.topk, local=s.local, scale=spec.scale, key_padding=kept
+        q, held["k"], held["v"], rank=s.rank, topk=s.topk, local=s.local, scale=spec.scale, key_padding=kept,
+        k_t=held.get("k_t"), v_mean=held.get("v_mean"),
     )  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """The custom ops `attnopt::sparq_append` and `attnopt::sparq_step`, which write into the buffers of a cache."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
-from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.append import Buffers, append, check_append
-from attnopt.kernels.sparq.op import has_kernel
+from attnopt.kernels.sparq.op import defaults, has_kernel
 from attnopt.kernels.sparq.request import Request, check, check_operands
 
 
@@ -63,8 +64,7 @@ def sparq_step(
     """
     check_operands(q, k, v)
     _refuse_gradients(q, new_k, new_v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    mean_value = q.shape[1] == k.shape[1] if mean_value is None else mean_value
+    scale, mean_value = defaults(q, k, scale, mean_value)
     out: Tensor = _step(
         q, new_k, new_v, k, v, k_t, v_mean, starts, lengths, rank, topk, local, scale, mean_value
     )
@@ -96,17 +96,8 @@ def _append(
 
 
 @_append.register_fake
-def _(
-    new_k: Tensor,
-    new_v: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_t: Tensor | None,
-    v_mean: Tensor | None,
-    starts: Tensor | None,
-    lengths: Tensor,
-) -> None:
-    check_append(Buffers(k, v, k_t, v_mean, starts, lengths), new_k, new_v)
+def _(new_k: Tensor, new_v: Tensor, *buffers: Any) -> None:
+    check_append(Buffers(*buffers), new_k, new_v)
 
 
 @torch.library.custom_op("attnopt::sparq_step", mutates_args=("k", "v", "k_t", "v_mean"))
@@ -126,14 +117,13 @@ def _step(
     scale: float,
     mean_value: bool,  # noqa: FBT001  (the schema of a custom op)
 ) -> Tensor:
-    buffers = Buffers(k, v, k_t, v_mean, starts, lengths)
-    request = Request(
-        q, k, v, k_t, v_mean, None, rank, topk, local, scale, mean_value, starts, lengths, grown=1
-    )
-    _check(request, buffers, new_k, new_v)
+    held = (k, v, k_t, v_mean, starts, lengths)
+    request = _checked(q, new_k, new_v, *held, rank, topk, local, scale, mean_value)
     with torch.autocast(q.device.type, enabled=False):  # it would reach inside and round the fp32 sums
         if not has_kernel(request) or request.is_empty:
-            append(buffers, new_k, new_v)
+            from attnopt.kernels.sparq import steps  # what runs is imported where it runs
+
+            append(Buffers(*held), new_k, new_v)
             return request.output().zero_() if request.is_empty else steps.decode(request.masked())
         from attnopt.kernels.sparq.triton_decode import decode
         from attnopt.kernels.sparq.triton_score import Token
@@ -142,33 +132,20 @@ def _step(
 
 
 @_step.register_fake
-def _(
-    q: Tensor,
-    new_k: Tensor,
-    new_v: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_t: Tensor | None,
-    v_mean: Tensor | None,
-    starts: Tensor | None,
-    lengths: Tensor,
-    rank: int,
-    topk: int,
-    local: int,
-    scale: float,
-    mean_value: bool,  # noqa: FBT001  (the schema of a custom op)
-) -> Tensor:
+def _(*given: Any) -> Tensor:
+    return _checked(*given).output()
+
+
+def _checked(q: Tensor, new_k: Tensor, new_v: Tensor, *given: Any) -> Request:
+    """The arguments of `attnopt::sparq_step` as a request for its attention."""
+    k, v, k_t, v_mean, starts, lengths, rank, topk, local, scale, mean_value = given
     request = Request(
         q, k, v, k_t, v_mean, None, rank, topk, local, scale, mean_value, starts, lengths, grown=1
     )
-    _check(request, Buffers(k, v, k_t, v_mean, starts, lengths), new_k, new_v)
-    return request.output()
-
-
-def _check(request: Request, buffers: Buffers, new_k: Tensor, new_v: Tensor) -> None:
     check(request)
-    check_append(buffers, new_k, new_v)
+    check_append(Buffers(k, v, k_t, v_mean, starts, lengths), new_k, new_v)
     if new_k.shape[2] != 1:
         raise UnsupportedError(
             f"a step appends one token, new_k has {new_k.shape[2]}; append a prompt with sparq_append"
         )
+    return request

@@ -72,7 +72,7 @@ def decide(q: Tensor, k: Tensor, kept: Tensor, *, rank: int, topk: int, local: i
 def approximate(q: Tensor, k: Tensor, channels: list[int], kept: Tensor, scale: float) -> Tensor:
     """s_hat (Sk,): softmax over the kept positions of the logits of one query q (D,) on the chosen channels."""
     part, whole = q[channels].abs().sum(), q.abs().sum()
-    scores = torch.zeros(len(k), dtype=q.dtype)
+    scores = q.new_zeros(len(k))
     logits = k[kept][:, channels] @ q[channels]
     heat = scale * (whole / part).sqrt() if part > 0 else 0.0
     scores[kept] = (logits * heat).softmax(0)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from attnopt.mask import BOTTOM_RIGHT, FULL, Causal, First, KeyPadding, Mask, Op
 from attnopt.options import Options
 from attnopt.policy import choose, is_quarantined, quarantine
 from attnopt.rule import Cost, SiteMeta, TensorMeta
-from attnopt.spec import AttentionSpec, EmptyRow, Sparse
+from attnopt.spec import AttentionSpec, EmptyRow, Sparse, Stream
 
 READS = frozenset({"scale", "mask", "empty_row", "heads"})
 
@@ -42,7 +41,7 @@ class Fake:
 
 CHEAP, DEAR = Fake("cheap", 1.0), Fake("dear", 9.0)
 SPARQ = Fake("sparq", 0.1, exact=False, reads=READS | {"sparse"})
-STREAMING = Fake("streaming", 0.5)
+STREAMING = Fake("streaming", 0.5, reads=READS | {"stream"})
 
 
 def site(mask: Mask = FULL, sq: int = 8, **changes: object) -> SiteMeta:
@@ -90,21 +89,19 @@ def test_an_approximation_happens_only_when_it_is_named() -> None:
     assert "several queries" in several.reason
 
 
-@pytest.mark.parametrize("offset", [Causal(), Causal(BOTTOM_RIGHT)], ids=str)
-def test_streaming_cuts_a_causal_mask_to_sinks_and_a_window(offset: Causal) -> None:
-    padded = offset & KeyPadding("padding")
-    choice = choose(site(padded), [STREAMING], Options(softmax="streaming", sinks=2, window=3))
-    assert choice.spec.mask == padded & (First(2) | Window(3, offset.offset))
-    assert (choice.kernel, choice.exact) == (STREAMING, False)
+def test_a_site_is_streamed_where_it_could_be_read_so() -> None:
+    cut = site(Causal() & (First(2) | Window(3)), stream=Stream(2, 3))
+    choice = choose(replace(site(Causal()), streamed=cut), [STREAMING], Options(softmax="streaming"))
+    assert (choice.kernel, choice.exact, choice.spec) == (STREAMING, False, cut.spec)
+    unasked = choose(replace(site(Causal()), streamed=cut), [STREAMING], Options())
+    assert (unasked.exact, unasked.spec) == (True, site(Causal()).spec)
 
 
-@pytest.mark.parametrize(
-    "mask", [FULL, Causal() & Window(4), Causal() | First(2), KeyPadding("padding")], ids=str
-)
-def test_streaming_leaves_alone_what_is_not_plainly_causal(mask: Mask) -> None:
-    choice = choose(site(mask), [STREAMING], Options(softmax="streaming"))
-    assert (choice.spec.mask, choice.exact) == (mask, True)
-    assert "not plainly causal" in choice.reason
+def test_a_site_that_cannot_be_streamed_stays_exact_and_says_why() -> None:
+    known = replace(site(FULL), streamed="its mask is not plainly causal (full)")
+    choice = choose(known, [STREAMING], Options(softmax="streaming"))
+    assert (choice.spec.mask, choice.exact) == (FULL, True)
+    assert choice.reason == "its mask is not plainly causal (full)"
 
 
 def test_where_no_kernel_serves_the_approximation_the_exact_one_does() -> None:

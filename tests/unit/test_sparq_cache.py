@@ -159,13 +159,24 @@ def test_selecting_rows_changes_the_batch_size() -> None:
 
 def test_one_key_layout_answers_the_same_and_takes_two_thirds_of_the_memory() -> None:
     plan = replace(PLAN, dv=8, capacity=4096)
-    both, rows = filled(plan), SparqCache(replace(plan, key_layouts="rows"))
+    both, rows = filled(plan), SparqCache(replace(plan, keys="one"))
     rows.append(both.k[:, :, :10], both.v[:, :, :10])
     q = torch.randn(2, 4, 1, 8).double()
     assert_same(both.attend(q, rank=3, topk=4, local=1), rows.attend(q, rank=3, topk=4, local=1))
     plain = 2 * 2 * 2 * 4096 * 8 * 8
     assert plain <= rows.nbytes < 1.001 * plain
     assert 1.5 * plain <= both.nbytes < 1.501 * plain
+
+
+def test_memory_tells_what_the_second_layout_takes() -> None:
+    plan = replace(PLAN, dv=8, capacity=4096)
+    both, one = SparqCache(plan).memory(), SparqCache(replace(plan, keys="one")).memory()
+    plain = 2 * 2 * 2 * 4096 * 8 * 8
+    assert (both.plain, both.by_channel, one.by_channel) == (plain, plain // 2, 0)
+    assert both.total == SparqCache(plan).nbytes
+    assert (both + one).total == both.total + one.total
+    assert str(both).endswith("+50.0% beside a plain cache")
+    assert str(one).endswith("+0.0% beside a plain cache")
 
 
 def test_steps_compile_once_whatever_the_length() -> None:
@@ -203,7 +214,7 @@ def test_choosing_every_position_is_exact_attention() -> None:
     [
         ({"capacity": 0}, "capacity is 0; wanted at least 1"),
         ({"batch": -1}, "batch is -1"),
-        ({"key_layouts": "columns"}, "key_layouts is 'columns'; wanted 'both' or 'rows'"),
+        ({"keys": "columns"}, "keys is 'columns'; wanted 'both' .layouts. or 'one'"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
