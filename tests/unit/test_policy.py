@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -121,7 +122,8 @@ def test_a_mask_is_assumed_to_be_causal_only_on_the_users_word_and_noted() -> No
     assert (proven.exact, proven.reason) == (True, "")
 
 
-def test_a_quarantined_kernel_does_not_serve_that_spec_again() -> None:
+def test_a_quarantined_kernel_does_not_serve_that_spec_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnopt.policy._quarantined", set())
     failed, meta = Fake("failed once"), site(scale=0.125)
     assert name_of(meta, failed) == "failed once"
     quarantine(failed.name, meta.spec)
