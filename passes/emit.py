@@ -186,6 +186,10 @@ def _to_layout(value: Tensor, dims: Dims, groups: Sequence[Axes], sizes: Lengths
     have = [a for axes in dims for a in axes]
     value = value if _is_one_each(dims) else value.reshape([sizes[a] for a in have])
     wanted = [a for group in groups for a in group if a in have or expand or any(b in have for b in group)]
+    if any(a not in sizes for a in wanted):
+        raise Reject(
+            "a dimension of the attention is one of no operand: nothing but a mask that was read has it"
+        )
     stray = set(have) - set(wanted)
     if stray:
         raise Reject("an operand varies along an axis that its canonical layout does not have")

@@ -12,7 +12,7 @@ import torch
 from attnopt.passes.layout import Axes
 from attnopt.passes.linear_coefficient import Coefficient, Const, Log, Negative, Read, Source, Times
 from attnopt.passes.linear_places import Places
-from attnopt.passes.linear_sign import may_be_a_base
+from attnopt.passes.linear_sign import is_log_of_whole_numbers, may_be_a_base
 from attnopt.passes.mask_decay import DecayReading
 from attnopt.passes.site import Filled, Operand, Roles
 from attnopt.rule import Reject
@@ -51,6 +51,8 @@ def log_decay_operand(reading: DecayReading, roles: Roles) -> Operand | Filled:
             "or give its logarithm",
             first.node,
         )
+    if is_log_of_whole_numbers(first.node):
+        raise Reject("the decay is the logarithm of whole numbers: it is 0 or infinite", first.node)
     times = tuple(Operand(leaf.node, _dims(leaf, roles)) for leaf, _ in rest)
     dtype = torch.promote_types(first.node.meta["val"].dtype, torch.float32)
     return Operand(

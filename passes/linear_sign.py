@@ -1,5 +1,7 @@
 """Whether a tensor can be the base of a decay: its logarithm is what a kernel gets."""
 
+from collections.abc import Iterator
+
 from torch.fx import Node
 
 from attnopt.passes.mask_writes import arguments, operation
@@ -18,6 +20,14 @@ _KEEP = frozenset(
         "double", "type_as", "split", "chunk", "unbind", "index_select", "gather", "nan_to_num", "where", "masked_fill",
     }
 )  # fmt: skip
+#: Operations that hand elements on, perhaps rounded.
+_SAME = frozenset(
+    {
+        "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "expand", "permute", "transpose", "mT", "t", "slice",
+        "select", "unflatten", "flatten", "clone", "contiguous", "to", "_to_copy", "detach", "alias", "float", "double",
+    }
+)  # fmt: skip
+_WHOLE = frozenset({"floor", "ceil", "round", "trunc", "sign"})
 #: Numbers that these take are part of what they compute with.
 _NUMBERS = ("self", "other", "value", "alpha")
 #: A longer way is not followed.
@@ -30,6 +40,26 @@ def may_be_a_base(node: Node) -> bool:
     What a model keeps, one number a head, is taken to be a base if it is used as one. What is computed must show it.
     """
     return (node.op != "call_function" and len(_long(node)) <= 1) or is_never_negative(node)
+
+
+def is_log_of_whole_numbers(node: Node) -> bool:
+    """Whether all elements are logarithms of whole numbers: 0, or infinite, which times a distance of 0 is NaN."""
+    log = next((n for n in _handed_on(node) if operation(n) == "log"), None)
+    return log is not None and any(map(_is_whole, _handed_on(log.all_input_nodes[0])))
+
+
+def _handed_on(node: Node) -> Iterator[Node]:
+    """The node, and upwards what holds the same elements in another shape or type."""
+    yield node
+    for _ in range(_MOST):
+        if operation(node) not in _SAME:
+            return
+        node = node.all_input_nodes[0]
+        yield node
+
+
+def _is_whole(node: Node) -> bool:
+    return operation(node) in _WHOLE or not node.meta["val"].is_floating_point()
 
 
 def _long(node: Node) -> list[object]:

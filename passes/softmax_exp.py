@@ -4,7 +4,7 @@ The sum may be divided by before the values are met or after, the maximum may be
 exact arithmetic; without it, eager overflows where the kernel does not), and exp(sink) may be added to the sum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -50,7 +50,25 @@ class ExpRule:
 
     def read(self, anchor: Node, shadow: Shadow) -> Site:
         """The site around one exp. Raises Reject, with depth -1 where nothing looks like a softmax."""
-        return site_around(self.name, read_exp(anchor, shadow), shadow)
+        form = read_exp(anchor, shadow)
+        site = site_around(self.name, form, shadow)
+        if form.unshifted:
+            below = {n for n in site.interior if shadow.order[n] > shadow.order[anchor]}
+            _need_range(form.inner | (below if form.undivided is not None else set()))
+        return site
+
+
+def _need_range(nodes: Iterable[Node]) -> None:
+    """Raises Reject where exp or its sum, which no maximum keeps small, is cast to a type that ends much earlier."""
+    for node in filter(is_float_cast, nodes):
+        made, before = node.meta["val"].dtype, input_node(node).meta["val"].dtype
+        if before.is_floating_point and 2 * torch.finfo(made).max < torch.finfo(before).max:
+            raise Reject(
+                f"exp of the scores, with no maximum subtracted, is cast to {made} before it is divided by its sum; "
+                f"that overflows above {torch.finfo(made).max:.3g}: subtract each row's largest score, or cast later",
+                node,
+                3,
+            )
 
 
 def read_exp(anchor: Node, shadow: Shadow) -> Form:

@@ -1,6 +1,6 @@
 """Puts the chosen call into the original graph in place of the site's root, and removes what became unnecessary."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
-from attnopt.passes.mask_writes import writes_after
+from attnopt.passes.mask_writes import sharing, writes_after
 from attnopt.passes.splice_layout import is_laid_out_as, memory_order, shows_layout
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
@@ -147,7 +147,17 @@ def finish(shadow: Shadow, sites: Iterable[Site]) -> None:
     spliced = list(sites)
     interior = {node for site in spliced for node in (*site.interior, site.root)}
     originals = _originals(shadow, interior)
-    _erase(sorted(originals, key=lambda n: n.name), originals)
+    seen = _originals(shadow, _seen_writes(shadow, spliced, interior))
+    _erase(sorted(originals, key=lambda n: n.name), originals - seen)
+
+
+def _seen_writes(shadow: Shadow, sites: Sequence[Site], interior: set[Node]) -> Iterator[Node]:
+    """Inner writes in place that something else needs: the original graph may name their memory as it was before."""
+    read_by_calls = {node for site in sites for node in emit.leaves(site)}
+    for node in {node for site in sites if not site.body for node in site.interior}:
+        outside = any(user not in interior for user in shadow.users(node))
+        if outside or node in shadow.results or node in read_by_calls:
+            yield from (write for write in sharing(node) & interior if mutates(write))
 
 
 def _enclosing(shadow: Shadow, root: Node) -> Node:

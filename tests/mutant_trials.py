@@ -136,6 +136,9 @@ def judge(found: Trial, mutant: GraphModule, wanted: Outcome, inputs: Sequence[A
     report = reports()[-1]
     found.verdicts = tuple(f"{site.family} {site.verdict}" for site in report.sites)
     assumed = guards_of(mutant) != before
+    if report.warnings and not _is_traced(plain, inputs):
+        found.differs = None
+        return
     found.wrong = "; ".join(report.warnings) or _differing(made, plain, inputs, wanted, found)
     if assumed:
         forget(found.name, free=found.setting.free)
@@ -154,7 +157,26 @@ def judged(attend: Callable[..., Any], inputs: Sequence[Any], setting: Setting) 
 def _made(graph: GraphModule, inputs: Sequence[Any], setting: Setting, inner: str) -> Any:
     with warnings.catch_warnings(), torch.set_grad_enabled(setting.training):
         warnings.simplefilter("ignore")
+        if setting.training:
+            _train(graph)
         return attnopt(graph, list(inputs), options={"inner": inner, "allow": setting.kernels})
+
+
+def _is_traced(plain: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether torch.compile could have made the graph: tensors without elements take less than real ones do."""
+    try:
+        traced(plain, inputs)
+    except NO_PROGRAM:
+        return False
+    return True
+
+
+def _train(graph: GraphModule) -> None:
+    """The inputs are to have gradients, and are none that a graph may not write to, as Dynamo would say of them."""
+    for node in graph.graph.nodes:
+        held = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(held, Tensor) and held.is_floating_point():
+            node.meta["val"] = held.detach().requires_grad_() * 1
 
 
 def _differing(made: Any, plain: GraphModule, inputs: Sequence[Any], wanted: Outcome, found: Trial) -> str:

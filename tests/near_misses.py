@@ -85,10 +85,30 @@ def scores_used_by_another_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v + scores.mul(2).softmax(-1) @ v
 
 
+@near_miss(mha, None)
+def scores_masked_in_place_and_used_by_their_first_name(
+    q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    scores = scores_of(q, k)
+    weights = scores.div_(2.0).masked_fill_(torch.ones(S, S, dtype=torch.bool).triu_(1), NEG_INF).softmax(-1)
+    return weights @ v, scores * 2
+
+
 @near_miss(mha, "multiplied by itself")
 def weights_times_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = scores_of(q, k).softmax(-1)
     return (weights @ weights) + v.sum()
+
+
+# --- something that is trained has no effect ---
+
+
+@near_miss(lambda: (*mha(), draw(H)), None)
+def sinks_in_the_maximum_alone(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    top = torch.maximum(scores.amax(-1, keepdim=True), sinks[:, None, None])
+    weights = (scores - top).exp()  # fla ops/attn/naive.py without the sinks in the sum
+    return weights / weights.sum(-1, keepdim=True) @ v
 
 
 # --- something stands between the scores and the softmax ---

@@ -121,6 +121,39 @@ def outputs_times_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhld,bhdv,bhl->bhlv", q, k.mT @ (v / S), 1 / total) * S
 
 
+@was_wrong(torch.randn(H, dtype=torch.float64))
+def sink_in_the_maximum_alone(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.5
+    weights = (scores - torch.maximum(scores.amax(-1, keepdim=True), sinks[:, None, None])).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@was_wrong(training=False)
+def sum_of_exponentials_cast_to_half(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * 6.0).exp()
+    return (weights @ v) / weights.sum(-1, keepdim=True).half().double()
+
+
+@was_wrong(KEEP & (torch.arange(B) > 0)[:, None], training=False, kernels=("streaming",))
+def two_lowest_numbers_added_in_double(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    hidden, lowest = torch.ones(S, S, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min
+    hidden[0].fill_(True)
+    scores = q @ k.mT * 0.25 + torch.where(hidden, lowest, 0.0).float()
+    return (scores + torch.where(keep[:, None, None], 0.0, lowest).float()).softmax(-1) @ v
+
+
+@was_wrong(torch.rand(H, dtype=torch.float64), kernels=("lightning",))
+def decays_cast_to_whole_numbers(q: Tensor, k: Tensor, v: Tensor, base: Tensor) -> Tensor:
+    log_decay, at = base.long().double().log()[:, None, None], torch.arange(S)
+    return (q @ k.mT * (log_decay * (at[:, None] - at[None]).abs()).exp()).tril() @ v
+
+
+@was_wrong(kernels=("streaming",))
+def one_query_under_a_causal_mask_of_many(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    lowest = torch.full((S, S), torch.finfo(torch.float64).min, dtype=torch.float64)
+    return (q[:, :, :1] @ k.mT / 4 + lowest.triu(1)).softmax(-1) @ v
+
+
 def token_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     state, out = torch.zeros(B, H, D, D, dtype=q.dtype), []
     for n in range(S):

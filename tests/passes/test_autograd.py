@@ -7,6 +7,7 @@ import torch
 from compiling import check_like_eager
 from graphs import aten_graph, shadow_of
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnopt.backend import rewrite_graph
 from attnopt.options import Options
@@ -130,3 +131,71 @@ def test_modes_follow_the_order_of_the_graph() -> None:
     modes = {str(node.target): on for node, on in grad_modes(shadow).items() if node.op == "call_function"}
     assert modes["aten.softmax.int"] is False
     assert [on for node, on in grad_modes(shadow).items() if "matmul" in str(node.target)] == [False, True]
+
+
+# --- inputs on which the attention does not depend ---
+
+
+def weighed(scores: Tensor, shift: Tensor, v: Tensor) -> Tensor:
+    """Softmax by hand; what is subtracted is as large as the largest score, or larger."""
+    weights = (scores - torch.maximum(scores.max(-1, keepdim=True).values, shift)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def beside_the_maximum(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    return weighed(q @ k.mT, other, v)
+
+
+def written_into_what_is_subtracted(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    shift = q.new_zeros(3, 1, 1)
+    shift.copy_(other)
+    return weighed(q @ k.mT, shift, v)
+
+
+def one_part_of_a_split(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    _, shift = torch.cat([other, other + 1], -1).split(1, -1)
+    return weighed(q @ k.mT, shift, v)
+
+
+def checkpointed(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    return checkpoint(beside_the_maximum, q, k, v, other, use_reentrant=False)
+
+
+ZEROS = [beside_the_maximum, written_into_what_is_subtracted, one_part_of_a_split, checkpointed]
+
+
+def with_other() -> tuple[Tensor, ...]:
+    return (*tensors(), torch.randn(3, 1, 1))
+
+
+@pytest.mark.parametrize("attend", ZEROS, ids=lambda f: f.__name__)
+def test_an_input_that_gets_zeros_keeps_its_gradient(attend: Callable[..., Tensor]) -> None:
+    report = check_like_eager(attend, with_other(), differentiable=4)
+    assert report.having("rewritten") == ()
+    assert any("gets a gradient of zeros" in site.reason for site in report.sites)
+
+
+@pytest.mark.parametrize("attend", ZEROS, ids=lambda f: f.__name__)
+def test_an_input_that_gets_no_gradient_may_go(attend: Callable[..., Tensor]) -> None:
+    report = check_like_eager(attend, with_other(), differentiable=3)
+    assert [site.verdict for site in report.attention] == ["rewritten"]
+
+
+def detached(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    return weighed(q @ k.mT, other.detach(), v)
+
+
+def made_of_an_operand(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    return weighed(q @ (k * other).mT, other, v)
+
+
+def asked_for_its_shape(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    return weighed(q @ k.mT, torch.ones_like(other), v)
+
+
+@pytest.mark.parametrize(
+    "attend", [detached, made_of_an_operand, asked_for_its_shape], ids=lambda f: f.__name__
+)
+def test_an_input_that_loses_no_gradient_may_go(attend: Callable[..., Tensor]) -> None:
+    report = check_like_eager(attend, with_other(), differentiable=4)
+    assert [site.verdict for site in report.attention] == ["rewritten"]

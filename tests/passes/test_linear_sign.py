@@ -7,7 +7,7 @@ import torch
 from graphs import aten_graph
 from torch import Tensor
 
-from attnopt.passes.linear_sign import is_never_negative, may_be_a_base
+from attnopt.passes.linear_sign import is_log_of_whole_numbers, is_never_negative, may_be_a_base
 
 X = torch.randn(2, 3)
 
@@ -46,3 +46,24 @@ def test_what_may_be_negative(base: Callable[[Tensor], Tensor]) -> None:
 def test_a_table_from_outside_is_taken_for_bases_and_data_are_not() -> None:
     table, data = (result(lambda x: x.neg(), x).all_input_nodes[0] for x in (torch.rand(3, 1, 1), X))
     assert (may_be_a_base(table), may_be_a_base(data)) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [lambda x: x.long().double().log(), lambda x: x.floor()[:, None].log().mT, lambda x: (x > 0).float().log()],
+)  # fmt: skip
+def test_a_logarithm_of_whole_numbers(decay: Callable[[Tensor], Tensor]) -> None:
+    assert is_log_of_whole_numbers(result(decay))
+
+
+@pytest.mark.parametrize(
+    "decay",
+    [
+        lambda x: x.sigmoid().log(),
+        lambda x: x.half().float().log(),
+        lambda x: x.floor().exp(),
+        lambda x: x.long(),
+    ],
+)
+def test_any_other_logarithm(decay: Callable[[Tensor], Tensor]) -> None:
+    assert not is_log_of_whole_numbers(result(decay))

@@ -143,6 +143,62 @@ def test_exp_of_something_else_is_not_mentioned() -> None:
     assert found_in(lambda x: torch.exp(x) + 1, torch.randn(3, 4)) == []
 
 
+def cast_before_it_is_summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = exponentials(q, k).half()
+    return (weights / weights.sum(-1, keepdim=True)).to(v.dtype) @ v
+
+
+def cast_between_the_sum_and_the_division(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = exponentials(q, k)
+    return weights / weights.sum(-1, keepdim=True).half().to(v.dtype) @ v
+
+
+def cast_before_the_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = exponentials(q, k)
+    return (weights.half() @ v.half()).to(v.dtype) / weights.sum(-1, keepdim=True)
+
+
+def sum_of_the_values_cast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = exponentials(q, k)
+    return (weights @ v) / weights.sum(-1, keepdim=True).half().to(v.dtype)
+
+
+EARLY = [
+    cast_before_it_is_summed, cast_between_the_sum_and_the_division, cast_before_the_values, sum_of_the_values_cast,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attend", EARLY, ids=lambda f: f.__name__)
+def test_exponentials_of_any_size_are_left_in_a_type_that_ends_early(attend: Callable[..., Tensor]) -> None:
+    report = check_like_eager(attend, tensors())
+    assert report.having("rewritten", "kept") == ()
+    assert any("cast to torch.float16" in site.reason for site in report.sites), report.sites
+
+
+def cast_after_the_division(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = exponentials(q, k)
+    return (weights / weights.sum(-1, keepdim=True)).half() @ v.half()
+
+
+def cast_to_a_type_that_reaches_as_far(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = exponentials(q, k).bfloat16()
+    return (weights / weights.sum(-1, keepdim=True)) @ v.bfloat16()
+
+
+def cast_below_the_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    weights = (scores - scores.amax(-1, keepdim=True)).exp().half()
+    return (weights / weights.sum(-1, keepdim=True)) @ v.half()
+
+
+LATE = [cast_after_the_division, cast_to_a_type_that_reaches_as_far, cast_below_the_maximum]
+
+
+@pytest.mark.parametrize("attend", LATE, ids=lambda f: f.__name__)
+def test_exponentials_may_be_cast_where_they_cannot_overflow(attend: Callable[..., Tensor]) -> None:
+    assert [site.verdict for site in check_like_eager(attend, tensors()).attention] == ["rewritten"]
+
+
 def test_without_the_maximum_the_site_says_that_the_graph_overflows() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = exponentials(q, k)
