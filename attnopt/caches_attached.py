@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
+from attnopt.caches_handed import Handle, Probe, check_model, new_tokens, switched
 from attnopt.caches_measured import FAR, NEAR, Seen, Table, far_positions, tables_of, turns
 from attnopt.caches_rotary import Rotary
-from attnopt.caches_transformers import NAME, Handle, Session, TransformersCache
-from attnopt.errors import Blame, OptionError, UnsupportedError
+from attnopt.caches_transformers import NAME, REFUSAL, Session, TransformersCache
+from attnopt.errors import Blame, UnsupportedError
 from attnopt.kernels.streaming.ring import Span
 
 #: Arguments of an attention function that would change what it computes, with the values that change nothing.
@@ -57,33 +56,19 @@ def padding_of_new_tokens(
     *, attention_mask: Tensor | None = None, mask_function: Any = causal_mask_function, **sizes: Any
 ) -> Tensor | None:
     """transformers' mask function "attnopt_streaming": bool (B, N), the padding of the new tokens, or None."""
-    if mask_function is not causal_mask_function:
-        raise UnsupportedError(
-            "the model masks more than the future (its own sliding window, chunks or packing)"
-        )
+    new = new_tokens(mask_function, sizes)
     if attention_mask is None:
         return None
-    new = sizes["q_length"] if "q_length" in sizes else sizes["cache_position"].shape[0]
     return attention_mask[:, attention_mask.shape[1] - new :].to(torch.bool)
 
 
 @contextmanager
 def attached(model: nn.Module, span: Span) -> Iterator[TransformersCache]:
     """See `attnopt.caches.streaming`."""
-    if not isinstance(model, PreTrainedModel):
-        raise OptionError(f"the model is a {type(model).__name__}; wanted a PreTrainedModel of transformers")
-    if model.training:
-        raise UnsupportedError("the model is in training mode; wanted model.eval(): a cache is for decoding")
-    AttentionInterface.register(NAME, streaming_attention_forward)
-    AttentionMaskInterface.register(NAME, padding_of_new_tokens)
+    model = check_model(model)
     session = Session()
     with ExitStack() as undo:
-        before = model.config._attn_implementation
-        with Blame(
-            "switching the model's attention", "wanted a model with AttentionInterface", UnsupportedError
-        ):
-            undo.callback(model.set_attn_implementation, before)
-            model.set_attn_implementation(NAME)
+        undo.enter_context(switched(model, NAME, streaming_attention_forward, padding_of_new_tokens))
         tables = tables_of(model)
         rotaries = _rotaries(model, tables)
         for table in tables:
@@ -115,25 +100,22 @@ def _exactly(table: Table, session: Session) -> Callable[..., tuple[Tensor, Tens
     return hook
 
 
-@dataclass
-class Probe(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
+class Noting(Probe):
     """A layer that notes what attention is given, and answers zeros: no layer hears of another's positions."""
 
-    seen: list[Seen] = field(default_factory=list)
-    new: tuple[Tensor, Tensor] | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    is_initialized: bool = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        del key_states, value_states
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.seen: list[Seen] = []
+        self.new: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Handles that note the query."""
         del args, kwargs
         self.new = key_states, value_states
-        return Handle.of(key_states, self.attend), Handle.of(value_states, self.attend)
+        return Handle.of(key_states, self.attend, REFUSAL), Handle.of(value_states, self.attend, REFUSAL)
 
     def attend(self, q: Tensor, scale: float, keep: Tensor | None) -> Tensor:
         """Zeros."""
@@ -143,20 +125,11 @@ class Probe(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
         v = self.seen[-1].v
         return v.new_zeros(*q.shape[:3], v.shape[3])
 
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return (query_length if isinstance(query_length, int) else query_length.shape[0]), 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
 
 @torch.no_grad()
 def _seen_at(model: PreTrainedModel, positions: tuple[int, ...]) -> list[Seen]:
     """What each layer's attention is given for four tokens at these positions; every layer has to ask once."""
-    cache = Cache(layer_class_to_replicate=Probe)
+    cache = Cache(layer_class_to_replicate=Noting)
     ids = torch.arange(1, 1 + len(positions), device=model.device)[None]
     at = torch.tensor([positions], device=model.device)
     with Blame("running the model on four tokens", "use StreamingCache directly", UnsupportedError):

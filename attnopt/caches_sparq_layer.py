@@ -1,6 +1,5 @@
 """One layer of SparQ's cache as transformers sees it: static buffers, exact for whoever reads its keys directly."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import CacheLayerMixin
 
+from attnopt.caches_handed import Handle
 from attnopt.errors import UnsupportedError
 from attnopt.kernels.sparq.op_step import sparq_append, sparq_step
 from attnopt.sparq_cache import KeyLayouts, Plan, SparqCache
@@ -19,7 +19,11 @@ PADDED = (
     "the text is padded elsewhere than on the left of a prompt; wanted padding_side='left', and no gaps later"
 )
 
-Attended = Callable[[Tensor, float, Tensor | None], Tensor]
+#: What is said to whoever computes with the keys of an attached cache.
+REFUSAL = (
+    f'the model computes with the keys of the cache itself, instead of handing them to "{NAME}"; wanted '
+    "attention through transformers' AttentionInterface, unchanged while attnopt.caches.sparq is open"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +34,6 @@ class Choices:
     topk: int = 128
     local: int = 32
     mean_value: bool | None = None
-
-
-class Keys(torch.Tensor):
-    """What `update` returns while the model is attached: only "attnopt_sparq" can attend to it, all else raises."""
-
-    attend: Attended
-
-    @staticmethod
-    def of(x: Tensor, attend: Attended) -> "Keys":
-        """A handle in the form of the new keys or values."""
-        handle: Keys = torch.Tensor._make_subclass(Keys, x)
-        handle.attend = attend
-        return handle
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            asks = getattr(func, "__name__", "") in {"__get__", "size", "dim", "stride", "__repr__"}
-            answer = func(*args, **(kwargs or {})) if asks else NotImplemented
-        if answer is NotImplemented or isinstance(answer, Tensor):
-            raise UnsupportedError(
-                f'the model computes with the keys of the cache itself, instead of handing them to "{NAME}"; wanted '
-                "attention through transformers' AttentionInterface, unchanged while attnopt.caches.sparq is open"
-            )
-        return answer
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +114,7 @@ class SparqLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         session.waiting, self.new = self, (key_states, value_states)
         if torch.compiler.is_compiling():  # that each layer attends was seen when the model was attached
             return key_states, value_states
-        return Keys.of(key_states, self.attend), Keys.of(value_states, self.attend)
+        return Handle.of(key_states, self.attend, REFUSAL), Handle.of(value_states, self.attend, REFUSAL)
 
     def attend(self, q: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """(B, H, N, Dv): takes in what `update` brought; one query by SparQ, several by exact attention."""

@@ -1,6 +1,6 @@
 """The streaming cache as transformers sees it: a Cache of layers whose keys only one attention function can read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from attnopt.caches_handed import Handle
 from attnopt.caches_ring import Arrival, Ring, refuse_gradients
 from attnopt.caches_rotary import Rotary
 from attnopt.errors import OptionError, ShapeError, UnsupportedError
@@ -16,39 +17,12 @@ from attnopt.kernels.streaming.ring import Span
 
 NAME = "attnopt_streaming"
 
-Attended = Callable[[Tensor, float, Tensor | None], Tensor]
-
-
-class Handle(torch.Tensor):
-    """What `update` returns instead of all keys: only "attnopt_streaming" can attend to it, everything else raises."""
-
-    attend: Attended
-
-    @staticmethod
-    def of(x: Tensor, attend: Attended) -> "Handle":
-        """A handle in the form of the new keys or values."""
-        handle: Handle = torch.Tensor._make_subclass(Handle, x)
-        handle.attend = attend
-        return handle
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            answer = func(*args, **(kwargs or {})) if _asks(func) else NotImplemented
-        if answer is NotImplemented or isinstance(answer, Tensor):
-            raise UnsupportedError(
-                f'the model computes with the keys of the streaming cache itself, instead of handing them to "{NAME}": '
-                "either its attention does not go through transformers' AttentionInterface (then use StreamingCache "
-                "directly), or it is called outside of `with attnopt.caches.streaming(model) as cache:`"
-            )
-        return answer
-
-
-def _asks(func: Any) -> bool:
-    """Whether a torch function only asks for a property (shape, dtype, device, ...)."""
-    return getattr(func, "__name__", "") in {"__get__", "size", "dim", "stride", "__repr__"}
+#: What is said to whoever computes with the keys of a streaming cache.
+REFUSAL = (
+    f'the model computes with the keys of the streaming cache itself, instead of handing them to "{NAME}": '
+    "either its attention does not go through transformers' AttentionInterface (then use StreamingCache "
+    "directly), or it is called outside of `with attnopt.caches.streaming(model) as cache:`"
+)
 
 
 @dataclass
@@ -89,7 +63,7 @@ class StreamingLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has
             self.lazy_initialization(key_states, value_states)
         self.waiting = key_states, value_states
         self.columns += key_states.shape[2]
-        return Handle.of(key_states, self.attend), Handle.of(value_states, self.attend)
+        return Handle.of(key_states, self.attend, REFUSAL), Handle.of(value_states, self.attend, REFUSAL)
 
     def attend(self, q: Tensor, scale: float, keep: Tensor | None) -> Tensor:
         """(B, H, N, Dv): takes in what `update` brought."""
