@@ -17,9 +17,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from _gpu_time import copy_rate
 from _record import write
 from torch import Tensor
-from triton.testing import do_bench
 
 from attnopt.caches import Rotary, StreamingCache
 from attnopt.kernels.streaming.ring import Span, Step, decode_in_torch
@@ -102,13 +102,6 @@ def _replays(replay: Callable[[], None], repeat: int) -> Iterator[float]:
         stop.record()
         stop.synchronize()
         yield start.elapsed_time(stop)
-
-
-def copy_rate() -> float:
-    """Bytes a second of a copy, read and written; not in a graph, where the copy node is slower."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2e3 * source.nbytes / do_bench(lambda: target.copy_(source), return_mode="median")
 
 
 def errors() -> list[Row]:
