@@ -15,6 +15,11 @@ LOST_IN_SUMS = (
     "a row that finite numbers hide altogether would get other gradients; "
     "hide keys with -inf, or by a single mask"
 )
+MIXED_FILLS = "rows that see no key would mix several fill values; one mask, or -inf, would not"
+CANCELLED = (
+    "numbers that hide keys and numbers as large that raise them are added to the same scores, which get lost "
+    "between them; hide keys with -inf, or add no such numbers"
+)
 SWAMPED = (
     "numbers that hide keys are multiplied by a tensor, whose gradient they would swamp with their rounding; "
     "hide keys after the multiplication, or with -inf"

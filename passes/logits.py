@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from attnopt.mask import FULL, Mask, Opaque
 from attnopt.passes.hidden import (
+    CANCELLED,
     HALVED,
     LOST_IN_SUMS,
     MIXED,
+    MIXED_FILLS,
     SWAMPED,
     Hidden,
     lies_deeper,
@@ -20,13 +21,22 @@ from attnopt.passes.hidden import (
     whole,
 )
 from attnopt.passes.layout import Axes, Dims, Space
+from attnopt.passes.logits_bias import bias_of, hiding_number, merged
 from attnopt.passes.logits_found import Logits
 from attnopt.passes.logits_parted import told_apart
-from attnopt.passes.masks import MaskReading, Role, may_have_empty_rows, read_additive, read_visible
+from attnopt.passes.masks import (
+    AdditiveReading,
+    MaskReading,
+    Role,
+    may_have_empty_rows,
+    numbers_in,
+    read_additive,
+    read_visible,
+)
 from attnopt.passes.scores_factors import faint
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.sizes import Size, product
-from attnopt.passes.terms import NEGLIGIBLE, Fill, Floor, Term, floors, held_as, narrowest
+from attnopt.passes.terms import NEGLIGIBLE, Fill, Floor, Term, held_as
 from attnopt.rule import Reject
 from attnopt.spec import EmptyRow
 
@@ -91,20 +101,27 @@ class LogitsReader:
         biases = [*given, *(self._finite_bias(term, fill) for term, fill in inside)]
         over = bool(given) or self._lies_over(fills, terms)
         empty = self._empty_row(filled, added, biased=bool(biases), over=over)
-        if empty is not None and all(fill == -torch.inf for _, fill in inside):
+        numbers = [fill for _, fill in inside if fill != -torch.inf]
+        raised = [term for term, _ in inside if self._raises(term)]
+        if raised and (len(numbers) > len(raised) or any(h.fill != -torch.inf for h in (*filled, *added))):
+            raise Reject(CANCELLED)
+        if empty is not None and not numbers:
             return self._combine([*filled, *added], biases, empty)
         # An added finite number that a row without visible keys would notice stays what it is: a bias.
         finite = [(term, hidden) for term, hidden in read if hidden is not None and hidden.fill != -torch.inf]
         kept = [hidden for hidden in added if hidden.fill == -torch.inf]
         biases += [self._finite_bias(term, hidden.fill) for term, hidden in finite]
-        scaled = any(fill != -torch.inf for _, fill in inside)
-        low = any(-torch.inf < hidden.fill <= LOST for _, hidden in finite)
+        scaled = any(fill != -torch.inf and term.times for term, fill in inside)
+        fills_added = [*numbers, *(hidden.fill for _, hidden in finite)]
+        low = bool(finite or len(numbers) > 1) and min(fills_added) <= LOST
         lost = SWAMPED if scaled else LOST_IN_SUMS if low else ""
         if not kept and self._is_outermost(fills, filled, finite):
             return replace(self._combine(filled, biases, EmptyRow.NEVER), forward_only=lost)
+        if (finite or numbers) and any(hidden.fill != -torch.inf for hidden in filled):
+            raise Reject(MIXED_FILLS)
         empty = self._empty_row(filled, kept, biased=bool(biases), over=over)
         if empty is None:
-            raise Reject("rows that see no key would mix several fill values; one mask, or -inf, would not")
+            raise Reject(MIXED_FILLS)
         return replace(self._combine([*filled, *kept], biases, empty), forward_only=lost)
 
     def _is_outermost(
@@ -123,7 +140,7 @@ class LogitsReader:
 
     def _is_shift(self, term: Term) -> bool:
         """Whether a term is the row's own largest logit: without it the softmax is the same, NaN for empty rows too."""
-        tops, held = (set(self.space.leaves(axes)) for axes in (term.tops, _merged(term.dims)))
+        tops, held = (set(self.space.leaves(axes)) for axes in (term.tops, merged(term.dims)))
         key = set(self.roles.key)
         return tops == key and not held & key and not self.safe and not self.sinks
 
@@ -152,22 +169,39 @@ class LogitsReader:
             raise Reject("a number that depends on sizes is added to the scores", term.node)
         if not value.dtype.is_floating_point or term.factor <= 0 or term.times:
             return None
-        roles, sizes = self._labels(term.dims)
-        reading = None if roles is None else read_additive(term.node, roles, sizes, at=term.at)
+        roles, _ = self._labels(term.dims)
+        reading = self._read_additive(term)
         visible = None if reading is None or roles is None else whole(reading.visible, roles)
         if reading is None or visible is None:
-            return None
-        if reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(value.dtype).min):
             return None
         fill = held_as(reading.fill * term.factor, term.casts)
         if any(isinstance(hold, Floor) and hold.halves for hold in term.casts) and reading.fill != -torch.inf:
             return replace(self._hidden(visible, fill, passes=True), halves=True)
         return self._hidden(visible, fill, passes=reading.fill != -torch.inf)
 
+    def _read_additive(self, term: Term) -> AdditiveReading | None:
+        """What an added tensor says about visibility, if it is 0 or a number that hides, once multiplied."""
+        roles, sizes = self._labels(term.dims)
+        reading = None if roles is None else read_additive(term.node, roles, sizes, at=term.at)
+        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, _least(term)):
+            return None
+        return reading
+
+    def _raises(self, term: Term) -> bool:
+        """Whether a bias lifts keys by so much that their scores are absorbed."""
+        roles, sizes = self._labels(term.dims)
+        if roles is None or not term.node.meta["val"].dtype.is_floating_point:
+            return False
+        held = numbers_in(term.node, roles, sizes, at=term.at)
+        return max((number * term.factor for number in held), default=0.0) >= -ABSORBING
+
     def _fill_inside(self, term: Term) -> float:
-        """The finite number that a mask holds which is added inside a scale that is a tensor; -inf if it is none."""
-        found = self._additive(replace(term, times=())) if term.times else None
-        return -torch.inf if found is None else found.fill
+        """The finite number that a bias may hide keys with, be it scaled, laid out by no role, or no proven mask.
+
+        -inf if it hides none, or by -inf.
+        """
+        reading = self._read_additive(term) if term.factor > 0 else None
+        return hiding_number(term) if reading is None else held_as(reading.fill * term.factor, term.casts)
 
     def _hidden(self, reading: MaskReading, fill: float, *, passes: bool = False) -> Hidden:
         first, *others = (
@@ -205,27 +239,9 @@ class LogitsReader:
         halved = empty is EmptyRow.ABSORBED and any(h.halves for h in hidden)
         return Logits(mask, empty, bias, operands | added, otherwise, HALVED if halved else "")
 
-    def _bias(self, term: Term) -> Operand:
-        """What is added, as a number: True counts 1."""
-        held = term.node.meta["val"].dtype
-        dims = self.space.resolve(term.dims)
-        times = tuple(self._factor(factor) for factor in term.times)
-        if not held.is_floating_point:
-            return Operand(term.node, dims, term.factor, times, dtype=torch.float32)
-        if narrowest(term.casts, held) != held:
-            raise Reject(
-                "a bias is added before the scores are cast to a type that may not hold it", term.node
-            )
-        if floors(term.casts):
-            raise Reject(
-                f"scores with a bias are raised to at least {floors(term.casts)[0]:g}, which rows without keys notice",
-                term.node,
-            )
-        return Operand(term.node, dims, term.factor, times, dtype=_widest(term) if times else None)
-
     def _finite_bias(self, term: Term, fill: float) -> Operand:
         """A finite number that hides keys, as a bias."""
-        operand = self._bias(term)
+        operand = bias_of(self.space, self.roles, term)
         return operand if fill <= LOST else self._relative(operand)
 
     def _relative(self, bias: Operand) -> Operand:
@@ -235,13 +251,6 @@ class LogitsReader:
         are computed, says little of its scores.
         """
         return bias if self.sinks else replace(bias, function="relative")
-
-    def _factor(self, term: Term) -> Operand:
-        """What multiplies a bias, and the scores with it."""
-        dims = self.space.resolve(term.dims)
-        if set(_merged(dims)) & set(self.roles.key):
-            raise Reject("scores and a bias are multiplied by a tensor that varies along the keys", term.node)
-        return Operand(term.node, dims, term.factor, inverse=term.inverse)
 
     def roles_of(self, dims: Dims) -> tuple[Role | None, ...] | None:
         """The role of each dimension, or None when some dimension mixes roles."""
@@ -285,12 +294,5 @@ class LogitsReader:
         return {role: product(a.size for a in axes) for role, axes in named}
 
 
-def _widest(term: Term) -> torch.dtype:
-    """The dtype in which a graph multiplies what is added: that of the sum, and of what multiplies it."""
-    values = [n.meta["val"] for n in (term.at, *(factor.node for factor in term.times)) if n is not None]
-    dtypes = (value.dtype for value in values if isinstance(value, Tensor) and value.dtype.is_floating_point)
-    return reduce(torch.promote_types, dtypes, term.node.meta["val"].dtype)
-
-
-def _merged(dims: Dims) -> Axes:
-    return tuple(axis for axes in dims for axis in axes)
+def _least(term: Term) -> float:
+    return float(torch.finfo(term.node.meta["val"].dtype).min)

@@ -35,6 +35,7 @@ __all__ = [
     "find_leaf",
     "leaf_at",
     "may_have_empty_rows",
+    "numbers_in",
     "read_additive",
     "read_visible",
 ]
@@ -113,6 +114,21 @@ def _additive(
         return None
     reading = Naming(reader, value.get(sympy.Integer(0), FALSE), None).read()
     return None if reading is None else AdditiveReading(reading, fill)
+
+
+def numbers_in(
+    node: Node, roles: tuple[Role | None, ...], sizes: Mapping[Role, Size], *, at: Node | None = None
+) -> tuple[float, ...]:
+    """The numbers that a float tensor consists of; () if that is not known. Arguments as in `read_visible`."""
+    reader = reader_for(node, sizes)
+    try:
+        value = reader.read(node, roles, at)
+    except NotUnderstood:
+        return ()
+    constants = [] if isinstance(value, Formula) else [leaf for leaf in value if is_constant(leaf)]
+    if isinstance(value, Formula) or len(constants) < len(value):
+        return ()
+    return tuple(round_to(float(leaf), node.meta["val"].dtype) for leaf in constants)
 
 
 def _moment(reader: MaskReader, node: Node, at: Node | None) -> int | None:

@@ -35,7 +35,7 @@ def check_moderate(factor: Term) -> None:
 
     Such products overflow, or differ by more than a softmax can bear, as soon as they are rounded in another order.
     """
-    for number in _numbers_in(factor.node):
+    for number in numbers_written(factor.node):
         if not abs(number) < -NEGLIGIBLE:
             reason = (
                 f"the scores are multiplied by a tensor made of {number:g}, whose product with them overflows or is "
@@ -54,7 +54,8 @@ _ELEMENTWISE = frozenset(
 )  # fmt: skip
 
 
-def _numbers_in(node: Node) -> Iterator[float]:
+def numbers_written(node: Node) -> Iterator[float]:
+    """The numbers that stand in the operations by which a tensor is made, one element from one element."""
     seen, pending = {node}, [node]
     while pending:
         here = pending.pop()

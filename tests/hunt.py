@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-#: Seeds that one process takes at a time; shares after which it makes room for a new one; seconds for one seed.
+#: Seeds that one process takes at a time; shares after which it makes room for a new one; seconds of work on one seed.
 SHARE, SHARES, PATIENCE = 50, 200, 120
 #: Seconds between two writings of the file.
 PAUSE = 60
@@ -60,17 +60,17 @@ def hunt(start: int, names: tuple[str, ...]) -> Counts:
     import torch
 
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     counts = Counts()
     for seed in range(start, start + SHARE):
-        signal.alarm(PATIENCE)
+        signal.setitimer(signal.ITIMER_PROF, PATIENCE)  # of its own, however busy the machine is
         try:
             _count(counts, seed, names)
         except TimeoutError:
             counts.totals["wrong"] += 1
             counts.wrong.append(f"seed {seed}: not done after {PATIENCE} s")
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     return counts
 
 
@@ -172,7 +172,9 @@ def _write(path: Path, told: dict[str, Any]) -> None:
     """Adds the run to those in the file; the same run, seen by commit and first seed, is replaced."""
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     others = [run for run in runs if (run["commit"], run["seed"]) != (told["commit"], told["seed"])]
-    path.write_text(json.dumps({"runs": [*others, told]}, indent=1) + "\n")
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps({"runs": [*others, told]}, indent=1) + "\n")
+    whole.replace(path)  # so that it can be read at any time
 
 
 def _commit() -> str:

@@ -17,7 +17,7 @@ EXACT, SINGLE, HALF = 1e-7, 1e-3, 5e-2
 #: Errors that say that a mutant is no program.
 NO_PROGRAM = (NoPlace, RuntimeError, IndexError, TypeError, ValueError, NotImplementedError, AttributeError)
 #: How often a graph is computed anew to learn how well its results are known.
-SHAKES = 4
+SHAKES = 12
 #: Least size of a row that errors are relative to, of results and of gradients.
 LEAST, LEAST_GRADIENT = 1e-9, 1e-5
 
@@ -94,7 +94,10 @@ def compare(
 
 def noise_of(plain: GraphModule, wanted: Outcome, inputs: Sequence[Any], *, training: bool) -> Noise:
     """How much the results change when each operation rounds otherwise than it did."""
-    shaken = [run(Shaken(apart(plain), seed), inputs, training=training) for seed in range(SHAKES)]
+    shaken = []
+    for seed in range(SHAKES):
+        with Shaken(seed):
+            shaken.append(run(apart(plain), inputs, training=training))
     results = [[_change(a, b, LEAST) for a, b in zip(s.results, wanted.results, strict=True)] for s in shaken]
     gradients = [
         [_change(a, b, LEAST_GRADIENT) for a, b in zip(s.gradients, wanted.gradients, strict=True)]
@@ -158,5 +161,7 @@ def _row_error(out: Tensor, want: Tensor, least: float = LEAST) -> float:
     if out.numel() == 0:
         return 0.0
     a, b = (torch.atleast_1d(x.double().nan_to_num(0.0, 0.0, 0.0)) for x in (out, want))
+    unit = max(1.0, float(b.abs().max()))  # squares must not overflow
+    a, b, least = a / unit, b / unit, least / unit
     size = b.norm(dim=-1)
     return float(((a - b).norm(dim=-1) / size.clamp_min(1e-3 * float(size.max())).clamp_min(least)).max())

@@ -5,16 +5,20 @@
 
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
+from operator import add, mul, sub, truediv
 from typing import Any
 
 import mutant_trials
 import pytest
 import torch
+from mutant_noise import LOST, Shaken
 from mutant_outcomes import EXACT, Noise, compare, noise_of, run
 from mutant_programs import traced
 from mutant_trials import trial
 from mutants import OPERATORS
 from torch import Tensor
+from torch.nn import functional
 
 #: Seeds of one share.
 SHARE = 12
@@ -77,3 +81,80 @@ def test_rounding_excuses_no_other_program(number: float) -> None:
     wanted = run(attend_once(shifted(number)), HEADS, training=True)
     other = attend_once(lambda q, k, v: shifted(number)(q, k.flip(-2), v))
     assert "off by" in compare(other, wanted, HEADS, EXACT, noise(shifted(number)), training=True)
+
+
+def filled_twice(lowest: float, hidden: float) -> Callable[..., Tensor]:
+    """Attention of which `lowest` hides the first key, and `hidden` all but the first keys: they may tie."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later, first = torch.ones(7, 7, dtype=torch.bool).triu(1), torch.arange(7) == 0
+        scores = q @ k.mT + torch.where(first, lowest, 0.0)
+        return (scores + torch.where(later, hidden, 0.0)).softmax(-1) @ v
+
+    return attend
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9])
+def test_scores_that_huge_numbers_absorb_excuse_no_fault(lowest: float) -> None:
+    known = noise(filled_twice(lowest, lowest))
+    assert max(known.results) < 1e-5
+    wanted = run(attend_once(filled_twice(lowest, lowest)), HEADS, training=True)
+    other = attend_once(filled_twice(lowest, -torch.inf))
+    assert "off by" in compare(other, wanted, HEADS, EXACT, known, training=True)
+
+
+def by_tiny_numbers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores so far apart that each query sees one key, and gradients are differences that vanish, times 1e12."""
+    return (q @ (k / 1e-12).mT).softmax(-1) @ v
+
+
+def test_eager_does_not_know_what_is_left_of_differences_in_a_backward_pass() -> None:
+    wanted = run(attend_once(by_tiny_numbers), HEADS, training=True)
+    fused = attend_once(lambda q, k, v: functional.scaled_dot_product_attention(q, k / 1e-12, v, scale=1.0))
+    assert "gradient 0" in compare(fused, wanted, HEADS, EXACT, training=True)
+    assert compare(fused, wanted, HEADS, EXACT, noise(by_tiny_numbers), training=True) == ""
+
+
+def test_what_is_left_of_differences_excuses_no_other_program() -> None:
+    wanted, known = run(attend_once(by_tiny_numbers), HEADS, training=True), noise(by_tiny_numbers)
+    for other in (
+        lambda q, k, v: by_tiny_numbers(q, k, v * 1.001),
+        lambda q, k, v: by_tiny_numbers(-q, k, v),
+    ):
+        assert "off by" in compare(attend_once(other), wanted, HEADS, EXACT, known, training=True)
+
+
+@pytest.mark.parametrize(
+    "exact", [lambda x: x * 0.25, lambda x: x + 0.0, lambda x: x / 8, lambda x: x - 3e38]
+)
+def test_what_is_exact_or_absorbed_stays(exact: Callable[[Tensor], Tensor]) -> None:
+    for seed in range(4):
+        with Shaken(seed):
+            found = exact(HEADS[0])
+        assert torch.equal(found, exact(HEADS[0]))
+
+
+@pytest.mark.parametrize(
+    "inexact", [lambda x: x * 0.3, lambda x: x + 1e12, lambda x: x / 7, torch.Tensor.exp]
+)
+def test_what_is_rounded_changes_alike_for_the_same_numbers(inexact: Callable[[Tensor], Tensor]) -> None:
+    with Shaken(0):
+        found = inexact(HEADS[0].expand(2, *HEADS[0].shape))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], inexact(HEADS[0]))
+
+
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"add": add, "sub": sub, "mul": mul, "div": truediv}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_a_rounding_takes_away_is_known(name: str, dtype: torch.dtype) -> None:
+    a, b = (
+        x.flatten()[:100].to(dtype) * 10.0 ** torch.arange(100).sub(50).div(10).to(dtype) for x in HEADS[:2]
+    )
+    made = OPERATIONS[name](a, b)
+    lost = LOST[name](made.double(), a.double(), b.double())
+    for x, y, z, found in zip(a.tolist(), b.tolist(), made.tolist(), lost.tolist(), strict=True):
+        wanted = OPERATIONS[name](Fraction(x), Fraction(y)) - Fraction(z)
+        assert found == pytest.approx(float(wanted), rel=1e-6, abs=1e-18 * abs(z))

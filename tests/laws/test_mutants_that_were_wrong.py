@@ -142,6 +142,15 @@ def two_lowest_numbers_added_in_double(q: Tensor, k: Tensor, v: Tensor, keep: Te
     return (scores + torch.where(keep[:, None, None], 0.0, lowest).float()).softmax(-1) @ v
 
 
+@was_wrong(KEEP.clone(), training=False, kernels=("streaming",))
+def padding_written_to_after_two_lowest_numbers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    shown, lowest = keep[:, None], torch.finfo(torch.float32).min
+    scores = q @ k.mT * 0.25 + torch.where(torch.ones(S, S, dtype=torch.bool).triu(1), lowest, 0.0)
+    out = (scores + torch.where(shown[:, None], 0.0, lowest)).softmax(-1) @ v
+    shown.logical_not_()
+    return out
+
+
 @was_wrong(torch.rand(H, dtype=torch.float64), kernels=("lightning",))
 def decays_cast_to_whole_numbers(q: Tensor, k: Tensor, v: Tensor, base: Tensor) -> Tensor:
     log_decay, at = base.long().double().log()[:, None, None], torch.arange(S)

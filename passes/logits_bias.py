@@ -1,0 +1,55 @@
+"""Tensors that are added to the scores, as operands of a kernel."""
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from attnopt.passes.layout import Axes, Dims, Space
+from attnopt.passes.scores_factors import numbers_written
+from attnopt.passes.site import Operand, Roles
+from attnopt.passes.terms import NEGLIGIBLE, Term, floors, narrowest
+from attnopt.rule import Reject
+
+
+def bias_of(space: Space, roles: Roles, term: Term) -> Operand:
+    """What is added, as a number: True counts 1."""
+    held = term.node.meta["val"].dtype
+    dims = space.resolve(term.dims)
+    times = tuple(factor_of(space, roles, factor) for factor in term.times)
+    if not held.is_floating_point:
+        return Operand(term.node, dims, term.factor, times, dtype=torch.float32)
+    if narrowest(term.casts, held) != held:
+        raise Reject("a bias is added before the scores are cast to a type that may not hold it", term.node)
+    if floors(term.casts):
+        raise Reject(
+            f"scores with a bias are raised to at least {floors(term.casts)[0]:g}, which rows without keys notice",
+            term.node,
+        )
+    return Operand(term.node, dims, term.factor, times, dtype=_widest(term) if times else None)
+
+
+def factor_of(space: Space, roles: Roles, term: Term) -> Operand:
+    """What multiplies a bias, and the scores with it."""
+    dims = space.resolve(term.dims)
+    if set(merged(dims)) & set(roles.key):
+        raise Reject("scores and a bias are multiplied by a tensor that varies along the keys", term.node)
+    return Operand(term.node, dims, term.factor, inverse=term.inverse)
+
+
+def hiding_number(term: Term) -> float:
+    """A number by which a tensor may hide keys, as one so large stands in what makes it; -inf where none does."""
+    sizes = (abs(number * term.factor) for number in numbers_written(term.node))
+    return -max((size for size in sizes if -NEGLIGIBLE <= size < torch.inf), default=torch.inf)
+
+
+def merged(dims: Dims) -> Axes:
+    """All axes of a tensor."""
+    return tuple(axis for axes in dims for axis in axes)
+
+
+def _widest(term: Term) -> torch.dtype:
+    """The dtype in which a graph multiplies what is added: that of the sum, and of what multiplies it."""
+    values = [n.meta["val"] for n in (term.at, *(factor.node for factor in term.times)) if n is not None]
+    dtypes = (value.dtype for value in values if isinstance(value, Tensor) and value.dtype.is_floating_point)
+    return reduce(torch.promote_types, dtypes, term.node.meta["val"].dtype)
