@@ -14,7 +14,9 @@ from _streaming_text_streams import (
     fresh_texts,
     losses,
     plain,
+    reading,
     recomputed_losses,
+    replayed,
     row_gaps,
     stream,
     streamed_losses,
@@ -122,10 +124,11 @@ def travel(bench: Bench, ends: Tensor, trip: Journey) -> Iterator[int]:
     """Segments in parallel; after some of them a few tokens one by one. Yields how far it is."""
     plan, model, text, at = bench.plan, bench.model, bench.text, 0
     cache = stream(model, plan.sinks, plan.window)
+    read = reading(model, cache, text.piece(at, plan.segment, bench.device))
     stepper: Stepper | None = None
     for number in range(math.ceil(plan.total / plan.segment)):
         ids = text.piece(at, min(plan.segment, plan.total - at), bench.device)
-        at = noted(bench, trip, ends, at, model.hidden(ids, through(cache)))
+        at = noted(bench, trip, ends, at, read(ids))
         stepper = stepper or Stepper(model, cache, lambda states: _with_logits(model, states))
         trip.memory.append(allocated(bench.device))
         if number % plan.decode_every == 0 and at + plan.decoded <= plan.total:
@@ -153,7 +156,7 @@ def noted(bench: Bench, trip: Journey, ends: Tensor, at: int, hidden: Tensor) ->
 
 def compared(bench: Bench, ends: Tensor, states: Tensor, clock: Clock) -> Row:
     """The stream's logits beside those of a fresh text, and of the same in fp32 by plain torch, as far as time goes."""
-    new = last_states(lambda some: _fresh(bench, some), ends.split(bench.plan.fresh_at_once), clock, 0.85)
+    new = last_states(fresh(bench, ends), ends.split(bench.plan.fresh_at_once), clock, 0.85)
     chosen = torch.randperm(len(new), generator=torch.Generator().manual_seed(2))[: bench.plan.exact]
     true = last_states(lambda some: _exact(bench, some), ends[chosen].split(1), clock, 1.0)
     chosen = chosen[: len(true)]
@@ -185,10 +188,20 @@ def last_states(
     return torch.cat(found)
 
 
-def _fresh(bench: Bench, ends: Tensor) -> Tensor:
-    cache = stream(bench.model, bench.plan.sinks, bench.plan.window)
-    ids = fresh_texts(bench.text, ends, bench.model.sizes.layers, cache).to(bench.device)
-    return bench.model.hidden(ids, through(cache))[:, -1]
+def fresh(bench: Bench, ends: Tensor) -> Callable[[Tensor], Tensor]:
+    """From positions to the states there, of texts of all that they depend on."""
+    plan, model = bench.plan, bench.model
+    cache = stream(model, plan.sinks, plan.window)
+
+    def run(ids: Tensor) -> Tensor:
+        cache.reset()
+        return model.hidden(ids, through(cache))[:, -1]
+
+    def texts(some: Tensor) -> Tensor:
+        return fresh_texts(bench.text, some, model.sizes.layers, cache).to(bench.device)
+
+    read = replayed(run, texts(ends[: plan.fresh_at_once]))
+    return lambda some: read(texts(some))
 
 
 def _exact(bench: Bench, ends: Tensor) -> Tensor:

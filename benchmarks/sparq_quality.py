@@ -8,7 +8,7 @@ copying (words in no order, hidden in a novel and begun again at the end: share 
 (a secret number of five digits, of four hidden in a novel, asked for last: share that comes out whole). What precedes
 the passage that is decoded is a prompt, attended to exactly; the rest is decoded teacher-forced, a step a position.
 Traffic: see benchmarks/_sparq_tasks.py. Trials are added in turns until the budget, in seconds, is spent.
-Writes results/sparq_quality.json.
+Writes results/sparq_quality.json after each task.
 """
 
 import argparse
@@ -103,8 +103,14 @@ def spend(
     return dict(found)
 
 
-def run(model: smollm2.Llama, novels: Tensor, context: int, budget: float) -> dict[str, Any]:
-    """The three tasks, each with its share of the budget."""
+def run(
+    model: smollm2.Llama,
+    novels: Tensor,
+    context: int,
+    budget: float,
+    keep: Callable[[dict[str, Any]], object],
+) -> dict[str, Any]:
+    """The three tasks, each with its share of the budget; after each, `keep` is given what there is."""
     emma, d = from_emma(novels), model.sizes.head
     chosen = {
         "perplexity": methods(context * 7 / 8, d),
@@ -124,6 +130,7 @@ def run(model: smollm2.Llama, novels: Tensor, context: int, budget: float) -> di
             for method in chosen[name]
         }
         print(table(name, found[name]), flush=True)
+        keep(found)
     return found
 
 
@@ -223,17 +230,20 @@ def main() -> None:
 
         pack(given.weights)
     model = smollm2.load(given.weights, torch.device(device), getattr(torch, given.dtype))
-    found = run(model, texts(given.weights), given.tokens, given.budget)
     settings = {
         "context": given.tokens,
         "dtype": given.dtype,
         "device_used": device,
         "traffic": list(TRAFFIC),
     }
-    path = write("sparq_quality", {"model": "SmolLM2-135M", **settings, "tasks": found}, given.out)
+
+    def keep(tasks: dict[str, Any]) -> Path:
+        return write("sparq_quality", {"model": "SmolLM2-135M", **settings, "tasks": tasks}, given.out)
+
+    found = run(model, texts(given.weights), given.tokens, given.budget, keep)
     if given.plot:
         plot(found, given.plot)
-    print(f"written to {path}")
+    print(f"written to {keep(found)}")
 
 
 if __name__ == "__main__":

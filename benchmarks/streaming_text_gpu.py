@@ -15,7 +15,7 @@ b. 4 million tokens, the novels repeated (a token depends on 30,574 before it, a
    memory, and ms of a token where some are decoded one by one. At 1,000 random positions the logits are compared with
    those of a fresh text of all that they depend on, which stands at other positions; at some, both with fp32 by plain
    torch.
-c. A prompt of 64k tokens in parallel and token by token (a CUDA graph): equal, and how much faster.
+c. A prompt of 64k tokens in parallel and token by token (CUDA graphs, both): equal, and how much faster.
 d. Latency of a token, whole model and head, as CUDA graphs: a step of the stream against recomputing a window of as
    many keys (the library's fused attention; N x N spelled out). SmolLM2; and random weights in the shapes of
    Llama-2-7B, which the paper timed (its embedding used as head).

@@ -219,6 +219,14 @@ def test_losses_of_a_stream_are_those_of_its_logits(
     torch.testing.assert_close(found, want)
 
 
+def test_a_stream_that_is_replayed_begins_empty(streams: ModuleType, model: Any) -> None:
+    given, cache = ids(50)[None], streams.stream(model, 4, 12)
+    read = streams.reading(model, cache, given[:, :20])
+    found = [read(part).clone() for part in given.split([20, 20, 10], dim=1)]
+    want = model.hidden(given, streams.plain(model, 4, 12))
+    torch.testing.assert_close(torch.cat(found, 1), want, rtol=1e-10, atol=1e-10)
+
+
 def test_a_window_that_is_recomputed_is_a_text_of_its_own(streams: ModuleType, model: Any) -> None:
     given = ids(70)
     found = streams.recomputed_losses(model, given, torch.tensor([15, 40]), 16)
