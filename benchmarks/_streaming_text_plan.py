@@ -89,7 +89,7 @@ class Plan:
 TINY_SIZES = Sizes(layers=2, width=32, heads=4, kv_heads=2, inner=48, vocabulary=97, trained=64)
 TINY = Plan(
     budget=16, other_sinks=(0,), segment=100, full=128, windows=24, windows_at_once=8, total=1000, bucket=100,
-    decoded=5, checks=20, exact=4, prefill=150, caches=(16, 32), batches=(1, 2),
+    decoded=5, checks=22, exact=4, prefill=150, caches=(16, 32), batches=(1, 2),
     shapes={"tiny": TINY_SIZES}, repeat=2,
 )  # fmt: skip
 
