@@ -41,10 +41,10 @@ NAME = "streaming_text_gpu"
 PARTS: dict[str, Callable[[Bench, float], Row]] = {"a": novels, "b": millions, "c": prefill, "d": latency}
 
 
-def bench_of(folder: Path, device: torch.device, dtype: torch.dtype) -> Bench:
+def bench_of(plan: Plan, folder: Path, device: torch.device, dtype: torch.dtype) -> Bench:
     """SmolLM2 and the novels."""
     return Bench(
-        Plan(), load(folder, device, dtype), load(folder, device, torch.float32), Text(tokens(folder))
+        plan, load(folder, device, dtype), load(folder, device, torch.float32), Text(tokens(folder))
     )
 
 

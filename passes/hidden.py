@@ -73,10 +73,11 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
 def lies_deeper(inner: Hidden, outer: Hidden, absorbing: float) -> bool:
     """Whether what `inner` hides is hidden once more by `outer`, and both absorb any score.
 
-    Such keys lie as low again as those that `outer` hides alone: they have no weight in any row, as if the fill of
-    `inner` were -inf, provided it leaves each query a key.
+    Such keys lie lower by half as much again as those that `outer` hides alone: they have no weight in any row, as if
+    the fill of `inner` were -inf, provided it leaves each query a key. A smaller number would be absorbed too.
     """
-    return max(inner.fill, outer.fill) <= absorbing and inner.mask & outer.mask == outer.mask
+    low = max(inner.fill, outer.fill) <= absorbing and inner.fill <= outer.fill / 2
+    return low and inner.mask & outer.mask == outer.mask
 
 
 def whole(reading: MaskReading, roles: tuple[Role | None, ...]) -> MaskReading | None:

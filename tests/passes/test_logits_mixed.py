@@ -111,3 +111,16 @@ def test_numbers_that_raise_keys_alone_are_a_bias() -> None:
 
     found = judged(attend, inputs(), Setting())
     assert (found.wrong, found.unsettled, found.verdicts) == ("", "", ("softmax rewritten",))
+
+
+@pytest.mark.parametrize(
+    ("number", "verdict"), [(LOWEST, "rewritten"), (torch.finfo(torch.float64).min, "refused")]
+)
+def test_a_fill_that_a_far_lower_number_absorbs_hides_nothing_twice(number: float, verdict: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        hidden = later() | ~keep[:, None, None]
+        outer = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, number)
+        return (scores_of(q, k).masked_fill(later(), LOWEST) + outer).softmax(-1) @ v
+
+    found = judged(attend, inputs(), Setting())
+    assert (found.wrong, found.unsettled, found.verdicts) == ("", "", (f"softmax {verdict}",))
