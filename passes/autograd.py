@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
-from attnopt.passes.mask_writes import writes_after
+from attnopt.passes.mask_writes import sharing, writes_after
 from attnopt.passes.replay import Replay
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_value
@@ -34,8 +34,8 @@ def check_gradients(shadow: Shadow, site: Site) -> None:
     """Raises Reject if part of the site gets another gradient than the formula says.
 
     That is so where part of it runs under `torch.no_grad()` and part of it does not, where a value passes through
-    a hook or a `torch.autograd.Function`, whose backward is its own, or where an input gets zeros from the graph, and
-    no gradient from the formula.
+    a hook or a `torch.autograd.Function`, whose backward is its own, where an operand is detached in place after it
+    was used, or where an input gets zeros from the graph, and no gradient from the formula.
     """
     replay = Replay.of(shadow, site)
     for node, origin in _foreign(shadow):
@@ -43,11 +43,22 @@ def check_gradients(shadow: Shadow, site: Site) -> None:
             raise Reject(
                 f"part of the attention passes through {origin.target}, which has a gradient of its own", node
             )
+    for node in emit.leaves(site):
+        if late := next(_detachments(node, site.root), None):
+            raise Reject(f"{node.name} is detached in place ({late.name}) before the call would use it", late)
     modes = grad_modes(shadow)
     for node in _with_gradient(replay):
         if modes[node] != modes[site.root]:
             raise Reject("part of the attention is computed under torch.no_grad(), and part is not", node)
     _check_inputs(shadow, site, replay, modes)
+
+
+def _detachments(node: Node, end: Node) -> Iterator[Node]:
+    """What changes between `node` and `end` whether a tensor with its memory has a gradient, and no element of it."""
+    for alias in sharing(node):
+        for user in alias.users:
+            if node < user < end and user.target in (aten.detach_.default, aten.requires_grad_.default):
+                yield user
 
 
 def grad_modes(shadow: Shadow) -> dict[Node, bool]:

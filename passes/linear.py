@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.mask import FULL
+from attnopt.passes.linear_finite import check_finite
 from attnopt.passes.linear_roles import role_candidates
 from attnopt.passes.linear_structure import Ending, Structure, endings, structures
 from attnopt.passes.linear_sum import SumReader, as_site_axes
@@ -152,10 +153,12 @@ class _Reading:
 def _build(shadow: Shadow, r: _Reading) -> Site:
     spec, operands, root = _spec(r), _operands(r), r.ending.root
     interior = frozenset((*r.found.weighting.path, *r.ending.path, *_dependent(r)))
-    _check(operands, r.proven.weights.on_out, spec, root)
+    weights = r.proven.weights
+    _check(operands, weights.on_out, spec, root)
+    check_finite((*weights.on_q, *weights.on_k))
     _check_path(r)
-    times = r.proven.weights.on_out
-    result = Result(r.roles, r.found.space.resolve(r.ending.out), root.meta["val"].dtype, times=times)
+    dims, times = r.found.space.resolve(r.ending.out), weights.on_out
+    result = Result(r.roles, dims, root.meta["val"].dtype, times=times)
     return Site(
         LinearRule.name,
         root,

@@ -40,7 +40,7 @@ from attnopt.passes.linear_product import product_of
 from attnopt.passes.mask_writes import arguments
 from attnopt.passes.reroll import Candidate, candidates, regions
 from attnopt.passes.reroll_cut import Region
-from attnopt.passes.reroll_facts import CORNERED, is_view
+from attnopt.passes.reroll_facts import CORNERED, MADE, is_view
 from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.sizes import hint, shape_of
 from attnopt.rule import Reject, Site
@@ -193,11 +193,25 @@ def _check_smooth(region: Region) -> None:
             raise Reject(f"a loop over positions that takes {name_of(node)}: not linear attention", node, 1)
         if arguments(node).get("mask") in data or arguments(node).get("condition") in data:
             raise Reject("a loop over positions that decides by data what it adds", node, 1)
+        if _leaves_steps(node):
+            raise Reject(
+                f"a loop over positions that makes whole numbers, or truths, of data ({node.name}); "
+                "keep them floating point",
+                node,
+                1,
+            )
     for leaf in region.leaves:
         if not leaf.meta["val"].is_floating_point():
             raise Reject(
                 f"{leaf.name}, which is no floating-point tensor, enters a loop over positions", leaf, 1
             )
+
+
+def _leaves_steps(node: Node) -> bool:
+    """Whether the result is constant between steps: a cast to whole numbers, a comparison, a rounded quotient."""
+    value = node.meta.get("val")
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and name_of(node) not in MADE
+    return whole or bool(arguments(node).get("rounding_mode"))
 
 
 def _check_size(region: Region, shapes: Shapes) -> None:

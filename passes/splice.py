@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from attnopt.passes import emit
 from attnopt.passes.mask_writes import sharing, writes_after
 from attnopt.passes.splice_layout import is_laid_out_as, memory_order, shows_layout
+from attnopt.passes.splice_names import other_names
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
 from attnopt.spec import AttentionSpec
@@ -86,13 +87,15 @@ def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, N
     graph = shadow.original.graph
     held = values.get(site.root)
     place = held or _enclosing(shadow, site.root)
+    names = other_names(shadow, site.root, place)
     with graph.inserting_before(place):
         editor = _Editor(graph, values)
         arguments = [editor.copy(node) for node in emit.leaves(site)]
         (value,) = _inline(graph, traced, arguments, place)
         values[site.root] = value
         if held is not None:
-            held.replace_all_uses_with(value)
+            for name in (held, *names):
+                name.replace_all_uses_with(value, lambda user: place < user)
         else:
             _expand(shadow, graph, values, place)
 

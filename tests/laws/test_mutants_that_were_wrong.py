@@ -163,6 +163,18 @@ def one_query_under_a_causal_mask_of_many(q: Tensor, k: Tensor, v: Tensor) -> Te
     return (q[:, :, :1] @ k.mT / 4 + lowest.triu(1)).softmax(-1) @ v
 
 
+@was_wrong()
+def scores_times_a_negative_power_of_0(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * (torch.zeros(S, 1, dtype=q.dtype) ** (torch.arange(S)[:, None] - S + 1))) @ v
+
+
+@was_wrong(torch.rand(H, dtype=torch.float64), torch.rand(B, H, S, dtype=torch.float64), training=False)
+def log_decays_cast_to_whole_numbers(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, steps: Tensor) -> Tensor:
+    run = 9 * steps.cumsum(-1)
+    exponent = -rate[:, None, None] * (run[..., :, None] - run[..., None, :])
+    return (q @ k.mT * exponent.tril().long().double().exp().tril()) @ v
+
+
 def token_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     state, out = torch.zeros(B, H, D, D, dtype=q.dtype), []
     for n in range(S):
