@@ -1,6 +1,6 @@
 """Measures, on a program's own example inputs, how far each approximate site is from the attention it stands for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch.fx import Graph, Interpreter, Node
 
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
 from attnopt.passes import emit
+from attnopt.passes.emit import Run
 from attnopt.pipeline import Edit
 from attnopt.report import Report
+from attnopt.spec import AttentionSpec
 
 
 def measure(report: Report, edits: Sequence[Edit], program: ExportedProgram) -> Report:
@@ -73,9 +75,34 @@ def _last_uses(graph: Graph) -> dict[Node, list[Node]]:
 
 
 def _error(edit: Edit, values: Sequence[Any]) -> float:
-    exact = emit.call(edit.site, edit.site.spec, REFERENCE.run, values)
-    near = emit.call(edit.site, edit.spec, edit.kernel.run, values)
+    tokens = _tokens(edit, values)
+    exact = emit.call(edit.site, edit.site.spec, _of(tokens, REFERENCE.run), values)
+    near = emit.call(edit.site, edit.spec, _of(tokens, edit.kernel.run), values)
     return _relative(near, exact)
+
+
+def _tokens(edit: Edit, values: Sequence[Any]) -> Tensor | None:
+    """Which queries of a padded batch are no padding, (B, 1, Sq, 1); None where all are. Nobody reads the others."""
+    stream = edit.spec.stream
+    if stream is None or not stream.kept:
+        return None
+    held = emit.operands(edit.site, edit.spec, values, emit.lengths(edit.site, values))
+    kept, count = held[stream.kept], held["q"].shape[2]
+    at = torch.arange(count, device=kept.device) + stream.offset.at(count, kept.shape[1])
+    return None if count == 1 else kept[:, at.clamp(0, kept.shape[1] - 1)][:, None, :, None]
+
+
+def _of(tokens: Tensor | None, run: Run) -> Run:
+    """The same, with zeros in the rows of what is no token."""
+    if tokens is None:
+        return run
+
+    def masked(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
+        made = run(spec, operands)
+        out = made[0] if isinstance(made, tuple) else made
+        return out.masked_fill(~tokens, 0.0)
+
+    return masked
 
 
 def _relative(near: Tensor, exact: Tensor) -> float:

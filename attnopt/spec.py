@@ -95,12 +95,17 @@ class Stream:
     Query i stands at t = i + offset, at the place min(t, last) once keys are dropped. turned: of the first `sinks` keys
     those that the window has left behind are scored with the operand `far` (B, H, Sq, D) in the stead of q: the query
     turned to its place. With `alibi` their distance is counted from the place. The window lies at its true distance.
+
+    kept: the operand, bool (B, Sk), that says which keys count; "" where all do. Then the mask is causality and that
+    padding, and the cut is made here: j and t are how many keys that count lie before a key, and before the last key up
+    to i + offset that counts, so that a row is what it would be without its padding.
     """
 
     sinks: int
     window: int
     offset: Length = TOP_LEFT
     turned: bool = False
+    kept: str = ""
 
     @property
     def last(self) -> int:
@@ -108,7 +113,8 @@ class Stream:
         return self.sinks + self.window - 1
 
     def __str__(self) -> str:
-        return f"positions as places (last {self.last})"
+        places = f"positions as places (last {self.last})"
+        return f"{places} of kept keys, {self.sinks} first and {self.window} last" if self.kept else places
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,16 @@ from torch.fx import Node
 
 from attnopt.passes import emit
 from attnopt.passes.constants import uniform
-from attnopt.passes.mask_writes import operation
 from attnopt.passes.rope_elsewhere import check_tables, check_values
-from attnopt.passes.rope_law import check_law, check_lengths, check_precision, positions, tolerance
-from attnopt.passes.rope_slice import Slice, is_float, slice_above
+from attnopt.passes.rope_law import (
+    check_law,
+    check_lengths,
+    check_precision,
+    positions,
+    tolerance,
+    turns_apart,
+)
+from attnopt.passes.rope_slice import Slice, is_count, is_float, slice_above
 from attnopt.passes.rope_tables import leaf_of, values_of
 from attnopt.passes.rope_trial import Side, Trial, bare, shifted, text, trial
 from attnopt.passes.site import Operand
@@ -37,7 +43,8 @@ class Rotation:
     style: which features turn together, c and c + width / 2, or 2c and 2c + 1, from feature `start` on; "other" pairs
     turn as well. frequencies: the tensor that holds them, or radians a position (in (-pi, pi]) where the graph computes
     them. scaling: what multiplies the turned features (None: it differs). positions: the nodes that count, of the
-    queries; counted: the graph itself makes them count up by one, nobody hands them in.
+    queries; counted: the graph itself makes them count up by one, nobody hands them in. apart: each sequence may have
+    positions of its own.
     """
 
     style: Style
@@ -47,6 +54,7 @@ class Rotation:
     scaling: float | None
     positions: tuple[Node, ...]
     counted: bool
+    apart: bool = False
 
     def at(self, nodes: Mapping[Node, Node]) -> "Rotation":
         """The same rotation by other nodes that do the same."""
@@ -187,7 +195,8 @@ def _described(drawn: Trial, sources: tuple[Node, ...]) -> Rotation:
         frequencies=held[0] if len(held) == 1 else rates,
         scaling=scaling,
         positions=sources,
-        counted=all(operation(node) == "arange" for node in sources),
+        counted=all(map(is_count, sources)),
+        apart=turns_apart(drawn, sources),
     )  # fmt: skip
 
 

@@ -54,9 +54,10 @@ def check_values(shadow: Shadow, start: Iterable[Node], ends: frozenset[Node], l
         if operation(node) in ADDS and (table := _table_added(shadow, node, length)) is not None:
             raise Reject(_reason(shadow, table), node)
         if node.op != "call_function" and is_whole(node):
-            if _is_held(shadow, node) and any(not is_one(size) for size in shape_of(node)):
+            if not _is_held(shadow, node):
+                whole.append(node)
+            elif any(not is_one(size) for size in shape_of(node)):  # a single number counts no tokens
                 raise Reject(_reason(shadow, node), node)
-            whole.append(node)
     if len(whole) > 1:
         raise Reject(_reason(shadow, whole[-1]), whole[-1])
 

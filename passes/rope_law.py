@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from attnopt.passes.mask_writes import operation
 from attnopt.passes.rope_slice import Slice, is_float, is_whole
-from attnopt.passes.rope_trial import Side, Trial, shifted
+from attnopt.passes.rope_trial import Side, Trial, counting_dim, shifted
 from attnopt.passes.sizes import is_float_input
 from attnopt.rule import Reject
 
@@ -71,7 +71,48 @@ def _counts(drawn: Trial, side: Side, node: Node, before: Tensor) -> bool:
                 f"position {place} of {node.name} turns {name} {min(moved)}; wanted its own, {first + place}",
                 node,
             )
+    if not _is_by_one(drawn, node):
+        raise Reject(f"positions in {node.name} do not count up by one: wanted one more for each token", node)
     return True
+
+
+def _is_by_one(drawn: Trial, node: Node) -> bool:
+    """Whether a source counts up by one; a slice of a table does."""
+    if any(node in cut.rows for cut in drawn.slices.values()) or drawn.count(node) < 2:
+        return True
+    value = drawn.values[node]
+    steps = value.diff(dim=counting_dim(value.shape, drawn.counts))
+    return bool((steps == 1).all())
+
+
+def turns_apart(drawn: Trial, sources: Sequence[Node]) -> bool:
+    """Whether each sequence may have positions of its own: they turn its queries as they turn all, and no others.
+
+    Some rows are shifted at a time, by the digits of their numbers, so that any two are told apart.
+    """
+    before, after = drawn.run("q", {}), drawn.run("q", shifted(sources, 5))
+    rows = torch.arange(before.shape[0]) + 1
+    if not all(_has_rows(drawn, node, len(rows)) for node in sources):
+        return False
+    for digit in range(len(rows).bit_length()):
+        chosen = (rows >> digit) % 2 == 1
+        wanted = torch.where(chosen[:, None, None, None], after, before)
+        try:
+            moved = drawn.run("q", dict.fromkeys(sources, chosen.long()[:, None] * 5))
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        if moved.shape != wanted.shape or float((moved - wanted).abs().max()) > TOLERANCE:
+            return False
+    return True
+
+
+def _has_rows(drawn: Trial, node: Node, batch: int) -> bool:
+    """Whether a source has a dimension for the sequences before the one along which it counts."""
+    value = drawn.values[node]
+    if any(node in cut.rows for cut in drawn.slices.values()) or value.dim() < 2:
+        return False
+    is_last = counting_dim(value.shape, drawn.counts) == value.dim() - 1
+    return is_last and int(value.shape[-2]) in (1, batch)
 
 
 def _rows_moved(drawn: Trial, side: Side, node: Node, before: Tensor, place: int) -> set[int]:

@@ -15,6 +15,7 @@ from attnopt.passes.layout import Axes, Dims
 from attnopt.passes.rope_slice import Slice
 from attnopt.passes.rope_tables import Rows
 from attnopt.passes.rope_trial import counting_dim
+from attnopt.passes.sizes import Size, shape_of
 from attnopt.rule import Reject
 from attnopt.shadow import fake_mode
 
@@ -47,19 +48,34 @@ def _value(node: Node) -> Any:
     return node.meta["val"]
 
 
-def moved_back(
-    growth: Growth, cut: Slice, positions: Sequence[Node], last: int, offset: Node | int
-) -> dict[Node, Node]:
-    """Each root of `cut` -> the same with every query at place min(t, last), where query i stands at t = i + offset.
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """index (Sq,): the numbers of the queries. excess (Sq,): how far each is beyond the last place; or (B, Sq)."""
 
-    positions: the sources of the slice that count the queries. What does not depend on them is used as it is.
+    index: Node
+    excess: Node
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each sequence has its own."""
+        value: Tensor = self.excess.meta["val"]
+        return value.dim() > 1
+
+
+def moved_back(
+    growth: Growth, cut: Slice, positions: Sequence[Node], beyond: Beyond, counts: Sequence[Size]
+) -> dict[Node, Node]:
+    """Each root of `cut` -> the same with every query moved back to the last place, if it is beyond.
+
+    positions: the sources of the slice that count the queries. What does not depend on them is used as it is. counts:
+    how many queries and keys there are.
     """
     for source in positions:
         rows = cut.rows.get(source)
         if rows is None:
-            growth.known[source] = _clamped(growth, source, last, offset)
+            growth.known[source] = _clamped(growth, source, counting_dim(shape_of(source), counts), beyond)
         else:
-            growth.known[source] = _rows(growth, source, rows, last, offset)
+            growth.known[source] = _rows(growth, rows, beyond)
     moving = cut.below(positions)
     for node in cut.nodes:
         if node in moving:
@@ -67,11 +83,10 @@ def moved_back(
     return {root: growth.known.get(root, root) for root in cut.roots}
 
 
-def _clamped(growth: Growth, source: Node, last: int, offset: Node | int) -> Node:
+def _clamped(growth: Growth, source: Node, dim: int, beyond: Beyond) -> Node:
     """Positions less what their query is beyond the last place."""
     value: Tensor = source.meta["val"]
-    dim = counting_dim(value.shape)
-    _, excess = _excess(growth, source, dim, last, offset)
+    excess = beyond.excess
     if value.dtype.is_floating_point:
         excess = growth.call(aten.to.dtype, excess, value.dtype)
     for _ in range(value.dim() - 1 - dim):
@@ -79,20 +94,12 @@ def _clamped(growth: Growth, source: Node, last: int, offset: Node | int) -> Nod
     return growth.call(aten.sub.Tensor, source, excess)
 
 
-def _rows(growth: Growth, source: Node, rows: Rows, last: int, offset: Node | int) -> Node:
+def _rows(growth: Growth, rows: Rows, beyond: Beyond) -> Node:
     """The rows of a table that belong to those places, in the stead of a slice."""
-    index, excess = _excess(growth, source, rows.dim, last, offset)
-    place = growth.call(aten.sub.Tensor, index, excess)
+    place = growth.call(aten.sub.Tensor, beyond.index, beyond.excess)
     if rows.start != 0:
         place = growth.call(aten.add.Tensor, place, rows.start)
     return growth.call(aten.index_select.default, rows.table, rows.dim, place)
-
-
-def _excess(growth: Growth, source: Node, dim: int, last: int, offset: Node | int) -> tuple[Node, Node]:
-    """How far each query is beyond the last place, and its number."""
-    index = growth.call(aten.arange.default, _size(growth, source, dim), device=source.meta["val"].device)
-    start = offset - last if isinstance(offset, int) else growth.call(operator.sub, offset, last)
-    return index, growth.call(aten.clamp.default, growth.call(aten.add.Tensor, index, start), 0)
 
 
 def _size(growth: Growth, node: Node, dim: int) -> Node | int:
@@ -114,11 +121,12 @@ def offset_of(growth: Growth, length: Length, query: Along, key: Along) -> Node 
     total: Node | int = length.const
     for factor, side in ((length.sq, query), (length.sk, key)):
         if factor:
-            total = _plus(growth, total, factor, _length(growth, side))
+            total = _plus(growth, total, factor, length_of(growth, side))
     return total
 
 
-def _length(growth: Growth, side: Along) -> Node | int:
+def length_of(growth: Growth, side: Along) -> Node | int:
+    """How long the axes are, as a number of the graph."""
     if not side.axes:
         return 1
     if side.axes not in side.dims:

@@ -7,12 +7,13 @@ The walk goes up through views, sums, products and the smooth functions of which
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from attnopt.passes.mask_writes import operation, writes_after
+from attnopt.passes.mask_writes import arguments, operation, writes_after
 from attnopt.passes.rope_tables import GATHERS, Rows, rows_of
 from attnopt.passes.sizes import Size, is_one, shape_of
 from attnopt.rule import Reject
@@ -34,6 +35,22 @@ LINEAR = frozenset(
 #: Smooth functions of positions, of which tables are made.
 SMOOTH = frozenset(
     {"cos", "sin", "polar", "exp", "div", "pow", "reciprocal", "log", "sqrt", "rsqrt", "square"}
+)
+#: What is done to positions that count a padding mask: sums, other numbers for the padding, and views.
+MENDED = frozenset(
+    {
+        "masked_fill",
+        "where",
+        "clamp",
+        "clamp_min",
+        "add",
+        "sub",
+        "to",
+        "_to_copy",
+        "slice",
+        "view",
+        "unsqueeze",
+    }
 )
 #: Products, as long as nothing is summed: positions times frequencies.
 OUTER = frozenset({"matmul", "bmm", "mm", "outer", "ger", "einsum"})
@@ -134,7 +151,7 @@ def _walk(shadow: Shadow, roots: tuple[Node, ...], ends: frozenset[Node], length
 
 def _begins(node: Node) -> bool:
     """Whether the walk ends here."""
-    if node.op != "call_function" or _is_scalar(node):
+    if node.op != "call_function" or _is_scalar(node) or is_count(node):
         return True
     name = operation(node) or getattr(node.target, "__name__", "")
     if name in OUTER:
@@ -174,9 +191,41 @@ def _gathers(node: Node) -> bool:
 
 def _may_count(node: Node) -> bool:
     """Whether a leaf may hold positions: what counts up, and whole numbers that come from outside."""
-    if operation(node) == "arange":
+    if operation(node) == "arange" or is_count(node):
         return True
-    return is_whole(node) and (node.op == "placeholder" or operation(node) == "cumsum")
+    return is_whole(node) and (node.op == "placeholder" or _counts_tokens(node))
+
+
+def is_count(node: Node) -> bool:
+    """Whether the node counts up by one: `arange`, that from a number on that a tensor holds, or one row of either."""
+    held, name = arguments(node), operation(node)
+    if name in {"unsqueeze", "view", "reshape"} and is_tensor(node):
+        above, is_row = held["self"], name != "unsqueeze" or held["dim"] in (0, -2)
+        return is_row and shape_of(node) == (1, *shape_of(above)[:1]) and is_count(above)
+    if name == "arange":
+        return held.get("step", 1) == 1
+    if name != "add" or mutates(node):
+        return False
+    both = [held["self"], held["other"]]
+    counts = [n for n in both if isinstance(n, Node) and is_count(n)]
+    return (
+        len(counts) == 1 and held["alpha"] == 1 and all(_is_whole_number(n) for n in both if n not in counts)
+    )
+
+
+def _is_whole_number(given: Any) -> bool:
+    """Whether it is one whole number, by itself or in a tensor without dimensions."""
+    value = given.meta.get("val") if isinstance(given, Node) else given
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not is_float(given) and value.dtype != torch.bool
+    return isinstance(value, int | torch.SymInt)
+
+
+def _counts_tokens(node: Node) -> bool:
+    """Whether whole numbers are a running sum, or one to which something is done where it counts padding."""
+    while operation(node) in MENDED and node.all_input_nodes:
+        node = next((n for n in node.all_input_nodes if is_whole(n)), node.all_input_nodes[0])
+    return operation(node) == "cumsum"
 
 
 def is_whole(node: Node) -> bool:

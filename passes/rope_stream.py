@@ -6,20 +6,35 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from attnopt.buffers import BUFFER
-from attnopt.mask import BOTTOM_RIGHT, FULL, Band, Causal, First, Mask, Window, band
+from attnopt.mask import BOTTOM_RIGHT, FULL, And, Causal, First, KeyPadding, Mask, Opaque, Window, band
 from attnopt.passes import emit
-from attnopt.passes.layout import Dims, Space, step_up
-from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.rope import Known, Rotation, Slices, read_rotation, slices_of, tables_of
+from attnopt.passes.rope_cache import is_appended, is_written, with_own_keys
 from attnopt.passes.rope_elsewhere import given_values
+from attnopt.passes.rope_kept import Stand, beyond, beyond_among_kept, joined
 from attnopt.passes.rope_moved import Along, Growth, moved_back, offset_of
 from attnopt.passes.rope_tables import Unchanged
 from attnopt.passes.rope_trial import bare
 from attnopt.passes.site import Operand
-from attnopt.passes.sizes import is_one, same, shape_of
+from attnopt.passes.sizes import product
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
-from attnopt.spec import Stream
+from attnopt.spec import EmptyRow, Stream
+
+#: Why padding is refused where a table of rotations, or a list of positions, serves all sequences.
+SHARED = (
+    "its sequences are padded, and its positions cannot be moved for each of them by itself: give each sequence a row "
+    "of its own, (B, N), such as position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)"
+)
+
+#: Why several queries over a static cache are refused, and what to do about it.
+WRITTEN = (
+    "and the graph has written its keys into a static cache at places that only data tell: with such a cache only "
+    "prompts without padding and steps of one token are cut. Run the prompt with a DynamicCache, or use "
+    "attnopt.caches.streaming(model)"
+)
+#: What is taken for granted of a static cache.
+LYING = "the keys in its cache are taken to lie in the order of their positions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,22 @@ class Cut:
         return causal & (First(self.sinks) | recent if self.sinks else recent)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a site sees before it is cut: all keys up to the query's own, of those that `kept` keeps (None: of all).
+
+    trusted: what was taken for granted of the cache, for the report.
+    """
+
+    causal: Causal
+    kept: Operand | None = None
+    trusted: str = ""
+
+
+#: The operand that says which keys count.
+KEPT = "padding"
+
+
 def streamed(
     shadow: Shadow, site: Site, cut: Cut, before: frozenset[Node] = frozenset(), known: Known | None = None
 ) -> Site:
@@ -44,28 +75,38 @@ def streamed(
 
     Reject where the site is no full causal attention, or its positions are not understood.
     """
-    spec = site.spec
-    causal = _plain_causal(site)
-    slices = slices_of(shadow, site)
-    rotation = read_rotation(shadow, site, before, known, slices)
+    seen = _seen(shadow, site)
+    site, spec = _with_kept(site, seen), site.spec
+    turning = with_own_keys(site)
+    slices = slices_of(shadow, turning)
+    rotation = read_rotation(shadow, turning, before, known, slices)
     turned = rotation is not None and cut.sinks > 0
-    stream = Stream(cut.sinks, cut.window, causal.offset, turned)
-    needed = turned or (spec.alibi is not None and cut.sinks > 0)
-    spec = replace(spec, mask=cut.mask(causal), stream=stream if needed else None)
+    stream = Stream(cut.sinks, cut.window, seen.causal.offset, turned, KEPT if seen.kept else "")
+    needed = turned or (spec.alibi is not None and cut.sinks > 0) or seen.kept is not None
+    if seen.kept is None:
+        spec = replace(spec, mask=cut.mask(seen.causal))
+    else:  # places say what is cut; rows that see no key are padding
+        spec = replace(spec, mask=seen.causal & KeyPadding(KEPT), empty_row=EmptyRow.ZERO)
     operands = dict(site.operands)
     if turned and rotation is not None:
         operands["far"] = _far(shadow, site, rotation, stream, slices)
     assumed = _assumed(shadow, slices) if turned else {}
-    held = {**site.assumed, **assumed}
-    remark = _remark(shadow, site, rotation, slices)
-    return replace(site, spec=spec, operands=operands, otherwise=(), assumed=held, remark=remark)
+    return replace(
+        site,
+        spec=replace(spec, stream=stream if needed else None),
+        operands=operands,
+        otherwise=(),
+        assumed={**site.assumed, **assumed},
+        remark="; ".join(filter(None, (_remark(shadow, site, rotation, slices), seen.trusted))),
+    )
 
 
 def _remark(shadow: Shadow, site: Site, rotation: Rotation | None, slices: Slices) -> str:
     """What was taken on trust."""
     if rotation is not None and not rotation.counted:
-        names = ", ".join(shadow.value_of.get(node, node).name for node in rotation.positions)
-        return f"its positions ({names}) are an input, and taken to count up by one"
+        held = [shadow.value_of.get(node, node) for node in rotation.positions]
+        made = "an input, and" if all(node.op == "placeholder" for node in held) else "a running sum, and"
+        return f"its positions ({', '.join(n.name for n in held)}) are {made} taken to count up by one"
     if rotation is not None or site.spec.alibi is not None:
         return ""
     name = given_values(shadow, [node for cut in slices.values() for node in cut.data])
@@ -86,57 +127,70 @@ def _assumed(shadow: Shadow, slices: Slices) -> dict[Node, Unchanged]:
     }
 
 
-def _plain_causal(site: Site) -> Causal:
-    """The diagonal of a mask that hides what is ahead, and nothing else."""
-    spec, form = site.spec, band(site.spec.mask)
-    if spec.mask == FULL and _is_decoding(site):
-        form = Band(offset=BOTTOM_RIGHT)
-    if form is None or form.offset is None or form.prefix:
-        raise Reject(f"its mask is not plainly causal ({spec.mask})", site.root)
-    if form.window is not None:
-        raise Reject(f"it has a window already ({spec.mask})", site.root)
-    if _hides_by_data(form):
-        raise Reject(
-            f"tensors hide some of its keys ({spec.mask}), so that the first ones need "
-            "not be what its queries see first; leave padding and attention_mask out",
-            site.root,
-        )
+def _with_kept(site: Site, seen: Seen) -> Site:
+    return site if seen.kept is None else replace(site, operands={**site.operands, KEPT: seen.kept})
+
+
+def _seen(shadow: Shadow, site: Site) -> Seen:
+    """The diagonal of a mask that hides what is ahead, and padding. Reject where it hides anything else."""
+    spec = site.spec
+    seen = _of_step(shadow, site) or _of_many(site)
     if spec.bias:
         raise Reject(
             "a tensor is added to its scores, and nothing says how it depends on the position",
             site.root,
         )
-    if spec.alibi is not None and spec.alibi.symmetric and spec.alibi.offset != form.offset:
+    if spec.alibi is not None and spec.alibi.symmetric and spec.alibi.offset != seen.causal.offset:
         raise Reject("its bias turns round elsewhere than at the query", site.root)
-    return Causal(form.offset)
+    return seen
 
 
-def _is_decoding(site: Site) -> bool:
-    """Whether a single query attends to a cache and to its own key, which is the last: all others lie before it."""
-    roles, k = emit.result_of(site).roles, bare(site.operands["k"])
-    node, dims = _uncovered(k.node, k.dims)
-    if roles.query or roles.key not in dims or operation(node) not in {"cat", "concat"}:
-        return False
-    held = arguments(node)
-    dim, pieces = int(held.get("dim", 0)) % len(dims), list(held["tensors"])
-    own = shape_of(pieces[-1])
-    return dims.index(roles.key) == dim and len(own) == len(dims) and is_one(own[dim])
+def _of_many(site: Site) -> Seen:
+    """Where the queries stand, by the mask."""
+    spec, form = site.spec, band(site.spec.mask)
+    if form is not None and form.opaque:
+        raise Reject(_unread(site), site.root)
+    if form is None or form.offset is None or form.prefix:
+        raise Reject(f"its mask is not plainly causal ({spec.mask})", site.root)
+    if form.window is not None:
+        raise Reject(f"it has a window already ({spec.mask})", site.root)
+    kept = None if form.padding is None else site.operands[form.padding]
+    if not isinstance(kept, Operand | None):
+        raise Reject("its padding is no tensor of the graph", site.root)
+    held = is_written(site)
+    if held and form.offset == BOTTOM_RIGHT:
+        raise Reject(
+            f"its last query stands at the end of a static cache ({spec.mask}), {WRITTEN}", site.root
+        )
+    return Seen(Causal(form.offset), kept, LYING if held else "")
 
 
-def _uncovered(node: Node, dims: Dims) -> tuple[Node, Dims]:
-    """What lies above views of all elements, with its dimensions."""
-    space = Space()
-    while True:
-        above = node.all_input_nodes[:1]
-        is_whole = operation(node) == "slice" and all(map(same, shape_of(node), shape_of(above[0])))
-        moved = (above[0], dims) if is_whole else step_up(space, node, dims)
-        if moved is None:
-            return node, dims
-        node, dims = moved
+def _of_step(shadow: Shadow, site: Site) -> Seen | None:
+    """A single query stands at its own key, which the graph has put behind the others; None where this is none."""
+    mask = site.spec.mask
+    parts = mask.parts if isinstance(mask, And) else () if mask == FULL else (mask,)
+    if emit.result_of(site).roles.query or not all(isinstance(p, KeyPadding | Opaque | First) for p in parts):
+        return None
+    appended = is_appended(site)
+    if not appended and not (parts and is_written(site)):
+        return None
+    kept = joined(Growth(shadow.module.graph, site.root), site, parts) if parts else None
+    if parts and kept is None:
+        return None
+    return Seen(
+        Causal(BOTTOM_RIGHT), kept, "" if appended else f"{LYING}, and its mask to end at the query's own"
+    )
 
 
-def _hides_by_data(form: Band) -> bool:
-    return form.padding is not None or bool(form.opaque)
+def _unread(site: Site) -> str:
+    """Why a mask of unknown form is refused, and what to do about it."""
+    reason = f"a tensor of unknown form hides some of its keys ({site.spec.mask})"
+    if is_written(site):
+        return f"{reason}, {WRITTEN}"
+    return (
+        f"{reason}: wanted causality and padding alone. Hand the model its 2-D attention_mask (B, Sk) instead of a "
+        "mask over pairs"
+    )
 
 
 def _far(shadow: Shadow, site: Site, rotation: Rotation, stream: Stream, slices: Slices) -> Operand:
@@ -144,14 +198,19 @@ def _far(shadow: Shadow, site: Site, rotation: Rotation, stream: Stream, slices:
     roles = emit.result_of(site).roles
     q, k = bare(site.operands["q"]), bare(site.operands["k"])
     growth = Growth(shadow.module.graph, site.root)
-    offset = offset_of(
-        growth, stream.offset, Along(q.node, q.dims, roles.query), Along(k.node, k.dims, roles.key)
+    query = Along(q.node, q.dims, roles.query)
+    offset = offset_of(growth, stream.offset, query, Along(k.node, k.dims, roles.key))
+    stand, held = Stand(query, offset, stream.last), site.operands["q"]
+    kept = site.operands[stream.kept] if stream.kept else None
+    where = (
+        beyond_among_kept(growth, stand, kept, roles) if isinstance(kept, Operand) else beyond(growth, stand)
     )
-    moved = moved_back(growth, slices["q"], rotation.positions, stream.last, offset)
-    held = site.operands["q"]
+    if where.is_apart and not rotation.apart:
+        raise Reject(SHARED, rotation.positions[0])
     if not isinstance(held, Operand):
         raise Reject("queries that no tensor of the graph holds", site.root)
-    return _at(held, moved)
+    counts = [product(a.size for a in axes) for axes in (roles.query, roles.key)]
+    return _at(held, moved_back(growth, slices["q"], rotation.positions, where, counts))
 
 
 def _at(operand: Operand, moved: Mapping[Node, Node]) -> Operand:

@@ -19,7 +19,7 @@ from attnopt.passes.replay import evaluate
 from attnopt.passes.rope_slice import Slice, is_float, is_tensor
 from attnopt.passes.rope_tables import Rows, leaf_of
 from attnopt.passes.site import Operand
-from attnopt.passes.sizes import Concrete, hint, product
+from attnopt.passes.sizes import Concrete, Size, is_one, product, same
 from attnopt.rule import Reject, Site
 
 #: Queries and keys with more elements are not drawn at the graph's own sizes.
@@ -72,7 +72,7 @@ class Trial:
         """How many positions a source holds."""
         value = self.values[source]
         rows = next((cut.rows[source] for cut in self.slices.values() if source in cut.rows), None)
-        dim = counting_dim(value.shape) if rows is None else rows.dim
+        dim = counting_dim(value.shape, self.counts) if rows is None else rows.dim
         return int(value.shape[dim]) if value.dim() else 1
 
     def one(self, source: Node, place: int) -> Tensor:
@@ -80,8 +80,13 @@ class Trial:
         value, count = self.values[source], self.count(source)
         if any(source in cut.rows for cut in self.slices.values()):
             return (torch.arange(count) == place).long()
-        at = torch.arange(value.numel()).view(value.shape) % max(count, 1) == place
+        at = _along(value.shape, counting_dim(value.shape, self.counts)) == place
         return at.to(value.dtype)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many queries and keys there are."""
+        return counts_of(self.site, self.sizes)
 
     @property
     def looked_up(self) -> bool:
@@ -103,7 +108,8 @@ def trial(
     """Values drawn at the graph's sizes, or at smaller ones. Reject where no sizes can be run."""
     for sizes in _sizes(site, slices):
         try:
-            drawn = Trial(site, slices, sizes, _values(slices, held, sizes, family, seed), held)
+            values = _values(slices, held, Drawing(sizes, counts_of(site, sizes), family, seed))
+            drawn = Trial(site, slices, sizes, values, held)
             shapes = {side: drawn.run(side, {}).shape for side in slices}
         except (RuntimeError, ValueError, TypeError, IndexError, Reject):
             continue
@@ -170,27 +176,43 @@ def _sizes(site: Site, slices: Mapping[Side, Slice]) -> Iterator[Concrete]:
 
 
 def _seen(slices: Mapping[Side, Slice]) -> dict[sympy.Symbol, int]:
-    """Each size that is a symbol, as it was while tracing."""
-    found: dict[sympy.Symbol, int] = {}
+    """Each size that is a symbol, as it was while tracing: also of those that guards alone hold to be equal."""
     for node in (n for cut in slices.values() for n in (*cut.nodes, *cut.leaves)):
         for size in getattr(node.meta.get("val"), "shape", ()):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                found[size.node.expr] = hint(size)
-    return found
+            if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+                environment = size.node.shape_env
+                held = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+                return {symbol: int(value) for symbol, value in held.items() if symbol.is_integer}
+    return {}
 
 
-def _values(
-    slices: Mapping[Side, Slice], held: Mapping[Node, Tensor], sizes: Concrete, family: Family, seed: int
-) -> dict[Node, Any]:
-    free = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How values are drawn; counts: how many queries and keys there are."""
+
+    sizes: Concrete
+    counts: tuple[int, int]
+    family: Family
+    seed: int
+
+
+def counts_of(site: Site, sizes: Concrete) -> tuple[int, int]:
+    """How many queries and keys a site has."""
+    roles = emit.result_of(site).roles
+    queries, keys = (int(product(sizes.of(a.size) for a in axes)) for axes in (roles.query, roles.key))
+    return queries, keys
+
+
+def _values(slices: Mapping[Side, Slice], held: Mapping[Node, Tensor], how: Drawing) -> dict[Node, Any]:
+    free = torch.Generator().manual_seed(how.seed)
     found: dict[Node, Any] = {node: wide(value) for node, value in held.items()}
     tables = {n for cut in slices.values() for n in cut.tables}
     for node in dict.fromkeys(n for cut in slices.values() for n in cut.leaves if n not in cut.rows):
-        kind: Family | Literal["rates"] = "rates" if node in tables else family
+        kind: Family | Literal["rates"] = "rates" if node in tables else how.family
         if node not in found:
-            found[node] = _value(node, sizes, kind, free)
+            found[node] = _value(node, how, kind, free)
     for node, rows in ((n, r) for cut in slices.values() for n, r in cut.rows.items()):
-        found |= _sliced(node, rows, found, sizes)
+        found |= _sliced(node, rows, found, how.sizes)
     return found
 
 
@@ -214,8 +236,8 @@ def wide(value: Tensor) -> Tensor:
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
-def _value(node: Node, sizes: Concrete, kind: str, free: torch.Generator) -> Any:
-    value = node.meta.get("val")
+def _value(node: Node, how: Drawing, kind: str, free: torch.Generator) -> Any:
+    value, sizes = node.meta.get("val"), how.sizes
     if isinstance(value, torch.SymInt | torch.SymFloat):
         return sizes.number(value)
     if not isinstance(value, Tensor):
@@ -226,7 +248,7 @@ def _value(node: Node, sizes: Concrete, kind: str, free: torch.Generator) -> Any
     if (number := uniform(node)) is not None:
         return torch.full(shape, number, dtype=torch.float64 if is_float(node) else value.dtype)
     if not is_float(node):
-        return _counted(shape)
+        return _along(shape, counting_dim(shape, how.counts))
     if kind == "rates":
         return 0.3 + 1.4 * torch.rand(shape, generator=free, dtype=torch.float64)
     if kind == "signs":
@@ -239,19 +261,22 @@ def _arange(node: Node, sizes: Concrete) -> Any:
     return evaluate((node,), numbers, sizes)[node]
 
 
-def _counted(shape: Sequence[int]) -> Tensor:
-    """Positions as they are meant: counting up along the last dimension that is no single one."""
-    dim = counting_dim(shape)
+def _along(shape: Sequence[int], dim: int) -> Tensor:
+    """Whole numbers that count up along one dimension."""
     if not shape:
         return torch.zeros((), dtype=torch.int64)
     count = torch.arange(shape[dim])
     return count.view([-1 if n == dim else 1 for n in range(len(shape))]).expand(list(shape)).clone()
 
 
-def counting_dim(shape: Sequence[Any]) -> int:
-    """The dimension along which a tensor of positions counts."""
-    several = [n for n, size in enumerate(shape) if not (isinstance(size, int) and size == 1)]
-    return several[-1] if several else max(len(shape) - 1, 0)
+def counting_dim(shape: Sequence[Size], counts: Sequence[Size]) -> int:
+    """The dimension along which a tensor of positions counts: the last that has one for each query, or each key.
+
+    Where none has, the last with several.
+    """
+    fits = [n for n, size in enumerate(shape) if any(same(size, count) for count in counts)]
+    several = [n for n, size in enumerate(shape) if not is_one(size)]
+    return (fits or several or [max(len(shape) - 1, 0)])[-1]
 
 
 def shifted(sources: Iterable[Node], by: int) -> dict[Node, Tensor | int]:

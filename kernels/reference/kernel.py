@@ -44,22 +44,27 @@ def _scores(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     if spec.stream is None or not spec.stream.turned:
         return scores
     far = spec.scale * (operands["far"] @ k.transpose(-1, -2))
-    sq, sk = scores.shape[-2:]
-    return torch.where(_left_behind(spec.stream, sq, sk, q.device), far, scores)
+    t, j = _places(spec.stream, operands)
+    left_behind = (j < spec.stream.sinks) & (j <= t - spec.stream.window)
+    return torch.where(left_behind, far, scores)
 
 
-def _left_behind(stream: Stream, sq: int, sk: int, device: torch.device) -> Tensor:
-    """Which keys are sinks that the window does not hold any more, (Sq, Sk)."""
-    i, j = (torch.arange(n, device=device) for n in (sq, sk))
-    return (j < stream.sinks) & (j <= i[:, None] + stream.offset.at(sq, sk) - stream.window)
+def _places(stream: Stream, operands: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where queries (B or 1, 1, Sq, 1) and keys (B or 1, 1, 1, Sk) stand, among the keys that count."""
+    q, k = operands["q"], operands["k"]
+    sq, sk = q.shape[2], k.shape[2]
+    t = torch.arange(sq, device=q.device) + stream.offset.at(sq, sk)
+    if not stream.kept:
+        return t.view(1, 1, -1, 1), torch.arange(sk, device=q.device).view(1, 1, 1, -1)
+    upto = torch.nn.functional.pad(operands[stream.kept].cumsum(1), (1, 0))
+    return upto[:, (t + 1).clamp(0, sk)][:, None, :, None] - 1, upto[:, None, None, 1:] - 1
 
 
-def _line(spec: AttentionSpec, alibi: Alibi, slopes: Tensor, sq: int, sk: int) -> Tensor:
+def _line(spec: AttentionSpec, alibi: Alibi, slopes: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
     """ALiBi's bias; of a stream, to the sinks from the query's place."""
     if spec.stream is None:
-        return alibi.dense(slopes, sq, sk)
-    i, j = (torch.arange(n, device=slopes.device) for n in (sq, sk))
-    t = (i + spec.stream.offset.at(sq, sk))[:, None]
+        return alibi.dense(slopes, operands["q"].shape[2], operands["k"].shape[2])
+    t, j = _places(spec.stream, operands)
     at = torch.where(j < spec.stream.sinks, t.clamp(max=spec.stream.last), t)
     return slopes.reshape(-1, slopes.shape[-1], 1, 1) * (j - at).to(slopes.dtype)
 
@@ -70,7 +75,11 @@ def _values(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
 
 def _visible(spec: AttentionSpec, scores: Tensor, operands: Mapping[str, Tensor]) -> Tensor:
     sq, sk = scores.shape[-2:]
-    return spec.mask.dense(sq, sk, operands, scores.device).expand_as(scores)
+    visible = spec.mask.dense(sq, sk, operands, scores.device).expand_as(scores)
+    if spec.stream is None or not spec.stream.kept:
+        return visible
+    t, j = _places(spec.stream, operands)
+    return visible & ((j < spec.stream.sinks) | (j > t - spec.stream.window))
 
 
 def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
@@ -80,7 +89,7 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     for name in spec.bias:
         scores = scores + operands[name].to(scores.dtype)
     if spec.alibi is not None:
-        scores = scores + _line(spec, spec.alibi, operands["slopes"].to(scores.dtype), *scores.shape[-2:])
+        scores = scores + _line(spec, spec.alibi, operands["slopes"].to(scores.dtype), operands)
     visible = _visible(spec, scores, operands)
     logits = scores.masked_fill(~visible, float("-inf"))
     if spec.sink_logits:

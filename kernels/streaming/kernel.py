@@ -1,6 +1,7 @@
 """Streaming as a kernel for softmax sites: exact for any mask that is a band, skipping the blocks that nobody sees."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import add, and_
 from typing import Any, Literal
@@ -97,7 +98,7 @@ def _placed(spec: AttentionSpec, stream: Stream, form: Band, operands: Mapping[s
         sinks=stream.sinks,
         window=stream.window,
         bias=_bias(spec, operands),
-        key_padding=_padding(form, operands, q, k),
+        kept=_padding(form, operands, q, k),
         sink_logits=operands["sink_logits"] if spec.sink_logits else None,
         softcap=spec.softcap,
         slopes=_line(spec, operands)["slopes"],
@@ -108,7 +109,9 @@ def _form(spec: AttentionSpec) -> Band:
     form = band(spec.mask)
     if form is None:
         raise UnsupportedError(f"mask {spec.mask} is not a band; ask `refuse` before")
-    return form
+    if spec.stream is None or not spec.stream.kept:
+        return form
+    return replace(form, window=spec.stream.window, sinks=spec.stream.sinks)
 
 
 def _pairs(form: Band, sq: int, sk: int) -> int:

@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from oracle import assert_same
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnopt.caches import Rotary, StreamingCache
 from attnopt.errors import ShapeError
 from attnopt.kernels.reference.kernel import KERNEL as REFERENCE
 from attnopt.kernels.streaming.kernel import KERNEL
 from attnopt.kernels.streaming.places import Placed, attend_in_places, streaming_attention
-from attnopt.mask import BOTTOM_RIGHT, TOP_LEFT, Causal, First, Length, Window
-from attnopt.spec import Alibi, AttentionSpec, Heads, Stream
+from attnopt.mask import BOTTOM_RIGHT, Causal, First, KeyPadding, Length, Window
+from attnopt.spec import Alibi, AttentionSpec, EmptyRow, Heads, Stream
 
 FREE = {"alibi": {"alibi": Alibi(BOTTOM_RIGHT)}, "softcap": {"softcap": 3.0}, "sinks": {"sink_logits": True}}
 
@@ -33,7 +35,7 @@ def operands(of: AttentionSpec, sq: int, sk: int, dtype: torch.dtype = torch.flo
         "sink_logits": (4,), "bias": (1, 4, sq, sk),
     }  # fmt: skip
     made = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: made[name].to(dtype) for name in of.operand_names()}
+    return {name: made[name].to(dtype) for name in of.operand_names() if name in made}
 
 
 @pytest.mark.parametrize("kind", ["plain", *FREE])
@@ -97,22 +99,121 @@ def test_distances_of_alibi_to_sinks_stop_growing() -> None:
     assert torch.allclose(attend_in_places(given), attend_in_places(near), atol=1e-12)
 
 
-def test_padding_and_a_bias_are_those_of_the_keys() -> None:
-    q, far, k, v = (torch.randn(2, 2, 20, 8, dtype=torch.float64) for _ in range(4))
-    keep, bias = torch.rand(2, 20) < 0.7, torch.randn(1, 2, 20, 20, dtype=torch.float64)
-    keep[0, :5] = False  # the first queries of the first sequence see no key
-    got = attend_in_places(Placed(q, far, k, v, 1.0, 0, 2, 5, bias=bias, key_padding=keep))
-    i, j = torch.arange(20)[:, None], torch.arange(20)
-    scores = torch.where((j < 2) & (j <= i - 5), far @ k.mT, q @ k.mT) + bias
-    seen = (Causal(TOP_LEFT) & (First(2) | Window(5))).dense(20, 20) & keep[:, None, None]
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    assert_same(got, weights @ v)
+#: Which of 24 keys count, by the row: on the left, on the right, all, none, in between, and two in three.
+PADDINGS = torch.ones(7, 24, dtype=torch.bool)
+PADDINGS[0, :9], PADDINGS[1, 17:], PADDINGS[3], PADDINGS[4, 8:15] = False, False, False, False
+PADDINGS[5, ::3], PADDINGS[6, :22] = False, False
+
+
+@pytest.mark.parametrize("kind", ["plain", *FREE])
+@pytest.mark.parametrize("sq", [24, 7, 1])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 4), (1, 1), (2, 5), (4, 40)])
+def test_a_padded_row_is_the_row_alone(kind: str, sq: int, sinks: int, window: int) -> None:
+    """Each row is run without its padding; queries that are padding themselves mean nothing."""
+    of = spec(sinks, window, **FREE.get(kind, {}))
+    given = batch_of(operands(of, sq, 24), len(PADDINGS))
+    padded = KERNEL.run(with_padding(of), {**given, "padding": PADDINGS})
+    for row, keep in enumerate(PADDINGS):
+        own = keep[24 - sq :]
+        if not own.any():
+            continue
+        alone = {name: x[row : row + 1] if x.dim() == 4 else x for name, x in given.items()}
+        alone |= {name: alone[name][:, :, own] for name in ("q", "far")}
+        alone |= {name: alone[name][:, :, keep] for name in ("k", "v")}
+        assert_same(padded[row : row + 1, :, own], KERNEL.run(of, alone))
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", *FREE])
+@pytest.mark.parametrize("sq", [24, 7, 1])
+def test_a_padded_batch_means_what_the_reference_means(kind: str, sq: int) -> None:
+    """With gradients, where the query's own key counts."""
+    of = with_padding(spec(2, 5, **FREE.get(kind, {"bias": ("bias",)} if kind == "bias" else {})))
+    given = batch_of(operands(of, sq, 24), len(PADDINGS))
+    held = [{name: x.clone().requires_grad_() for name, x in given.items()} for _ in range(2)]
+    own = PADDINGS[:, None, 24 - sq :, None]
+    outs = [
+        run(of, {**x, "padding": PADDINGS}) * own
+        for run, x in zip((KERNEL.run, REFERENCE.run), held, strict=True)
+    ]
+    assert_same(*outs)
+    for out in outs:
+        out.sin().sum().backward()
+    for name in given:
+        torch.testing.assert_close(held[0][name].grad, held[1][name].grad, rtol=1e-9, atol=1e-11)
+
+
+def with_padding(of: AttentionSpec) -> AttentionSpec:
+    assert of.stream is not None
+    mask = Causal(of.stream.offset) & KeyPadding("padding")
+    return replace(of, mask=mask, stream=replace(of.stream, kept="padding"), empty_row=EmptyRow.ZERO)
+
+
+def batch_of(given: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """The same with more rows, all different."""
+    draw = torch.Generator().manual_seed(rows)
+    shapes = {
+        name: (rows, *x.shape[1:]) if name in ("q", "far", "k", "v") else x.shape for name, x in given.items()
+    }
+    return {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@drawn(
+    keep=st.integers(1, 12).flatmap(lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1)),
+    sq=st.integers(1, 12), sinks=st.integers(0, 4), window=st.integers(1, 6), slack=st.integers(0, 2),
+)  # fmt: skip
+def test_any_padding_means_what_the_reference_means(
+    keep: list[list[bool]], sq: int, sinks: int, window: int, slack: int
+) -> None:
+    """slack: how many keys lie behind the last query's own, which nobody sees."""
+    kept = torch.tensor(keep)
+    sk = kept.shape[1]
+    sq, slack = min(sq, sk), min(slack, sk - min(sq, sk))
+    of = with_padding(spec(sinks, window, Length(sk - sq - slack)))
+    given = {**batch_of(operands(of, sq, sk), len(kept)), "padding": kept}
+    own = kept[:, sk - sq - slack : sk - slack, None][:, None]
+    assert_same(KERNEL.run(of, given) * own, REFERENCE.run(of, given) * own)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sq", [200, 33, 1])
+def test_a_padded_batch_on_a_gpu_rounds_no_more_than_the_definition(dtype: torch.dtype, sq: int) -> None:
+    of = with_padding(spec(4, 60))
+    given = {name: x.to("cuda", dtype) for name, x in batch_of(operands(of, sq, 200), 3).items()}
+    keep = torch.ones(3, 200, dtype=torch.bool, device="cuda")
+    keep[0, :90], keep[1, 170:199], keep[2, 50:110] = False, False, False
+    exact = REFERENCE.run(of, {name: x.double() for name, x in given.items()} | {"padding": keep})
+    eager = REFERENCE.run(of, {**given, "padding": keep})
+    own = keep[:, None, 200 - sq :, None]
+    assert_same(KERNEL.run(of, {**given, "padding": keep}) * own, exact * own, eager * own)
+
+
+def test_padding_may_differ_where_lengths_are_symbols() -> None:
+    """One program for any length: nothing is guarded on."""
+
+    def run(q: Tensor, far: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return attend_in_places(Placed(q, far, k, v, 0.3, k.shape[2] - q.shape[2], 2, 5, kept=keep))
+
+    of = with_padding(spec(2, 5))
+    short, long = ({**batch_of(operands(of, n, n), 7), "padding": PADDINGS[:, :n]} for n in (9, 24))
+    dims = {2: torch.export.Dim("n", min=2, max=64)}
+    shapes = dict.fromkeys(("q", "far", "k", "v"), dims) | {"keep": {1: dims[2]}}
+    module = nn.Module()
+    module.forward = run
+    order = ("q", "far", "k", "v", "padding")
+    program = torch.export.export(module, tuple(long[n] for n in order), dynamic_shapes=shapes).module()
+    for given in (short, long):
+        keep = given["padding"]
+        want = REFERENCE.run(of, given)
+        assert_same(
+            program(*(given[n] for n in order)) * keep[:, None, :, None], want * keep[:, None, :, None]
+        )
 
 
 def test_no_nan_comes_back_from_queries_that_see_nothing() -> None:
     q, k, v = (torch.randn(1, 1, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     keep = torch.tensor([[False, False, False, True, True, True]])
-    attend_in_places(Placed(q, q, k, v, 1.0, 0, 2, 3, key_padding=keep)).sum().backward()
+    attend_in_places(Placed(q, q, k, v, 1.0, 0, 2, 3, kept=keep)).sum().backward()
     assert all(bool(x.grad.isfinite().all()) for x in (q, k, v) if x.grad is not None)
 
 

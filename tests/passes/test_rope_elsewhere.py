@@ -52,6 +52,8 @@ class Learned(nn.Module):
         x = self.added(ids, self.tokens(ids))
         x = self.experts(x) if self.kind == "experts" else x
         q, k, v = self.heads(x).view(*ids.shape, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        if self.kind == "one head":  # taken by a number that the program holds, as in multi-query attention
+            k, v = (part[:, torch.tensor([-1])].expand(-1, 2, -1, -1) for part in (k, v))
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -71,7 +73,7 @@ def test_positions_that_are_added_or_multiplied_are_refused(kind: str) -> None:
     assert "positions may enter its queries, keys or values otherwise" in reason
 
 
-@pytest.mark.parametrize("kind", ["none", "experts"])
+@pytest.mark.parametrize("kind", ["none", "experts", "one head"])
 def test_no_positions_are_streamed(kind: str) -> None:
     assert exact_and_reason(kind) == (False, "")
 
