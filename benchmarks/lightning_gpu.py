@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
-from _gpu_time import copy_rate, replayed
+from _gpu_time import copy_rate, replayed, replayed_in_turn
 from _record import write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -91,12 +92,14 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Time.
 
 
-def call_of(contender: Contender, *, with_backward: bool) -> Callable[[], object]:
-    """One forward, or one forward and its gradients."""
+def call_of(
+    contender: Contender, *, with_backward: bool, d_out: Tensor | None = None
+) -> Callable[[], object]:
+    """One forward, or one forward and its gradients, those of `d_out` where it is given."""
     if not with_backward:
         return torch.no_grad()(lambda: contender.run(*contender.given))
     leaves = tuple(x.detach().requires_grad_() for x in contender.given)
-    d_out = torch.randn_like(contender.run(*contender.given))
+    d_out = torch.randn_like(contender.run(*contender.given)) if d_out is None else d_out
     return lambda: torch.autograd.grad(contender.run(*leaves), leaves, d_out)
 
 
@@ -149,21 +152,19 @@ def error_of(contender: Contender) -> float:
 
 
 def time_lengths(lengths: tuple[int, ...], heads: int = 16) -> list[dict[str, object]]:
-    """The same number of tokens, cut into ever longer sequences."""
-    rows = []
-    for length in lengths:
-        contender = Contender(
-            partial(lightning_attention, log_decay=-slopes(heads)),
-            normal(TOTAL // length, heads, length, 128),
-        )
-        plain = Contender(lightning_attention, contender.given)
-        for name, which in {"decay": contender, "no decay": plain}.items():
-            for with_backward in (False, True):
-                row = {"length": length, "name": name, "backward": with_backward}
-                once = call_of(which, with_backward=with_backward)
-                rows.append({**row, **replayed(once, inner=1, repeat=5)})
-                del once
-                torch.cuda.empty_cache()
+    """The same tokens, cut into ever longer sequences, which take turns: a card at its power limit slows with time."""
+    flat, rows = (*normal(TOTAL * heads * 128), *normal(TOTAL * heads * 128)[:1]), []
+    runs = {"decay": partial(lightning_attention, log_decay=-slopes(heads)), "no decay": lightning_attention}
+    for (name, run), with_backward in product(runs.items(), (False, True)):
+        given = [tuple(x.view(TOTAL // n, heads, n, 128) for x in flat) for n in lengths]
+        calls = [call_of(Contender(run, x[:3]), with_backward=with_backward, d_out=x[3]) for x in given]
+        found = replayed_in_turn(calls, repeat=15)
+        rows += [
+            {"length": n, "name": name, "backward": with_backward, **times}
+            for n, times in zip(lengths, found, strict=True)
+        ]
+        del calls
+        torch.cuda.empty_cache()
     return rows
 
 

@@ -80,7 +80,7 @@ def lightning_attention(
 
     Raises ShapeError (operands do not fit) and UnsupportedError (decay without causal order, integer dtypes).
     """
-    o, state = _attention(q, k, v, log_decay, initial_state, scale, causal, cu_seqlens)
+    o, state = _attention(q, k, v, log_decay, initial_state, scale, causal, cu_seqlens, return_state)
     return (o, state) if return_state else o
 
 
@@ -113,19 +113,24 @@ def _attention(
     initial_state: Tensor | None,
     scale: float,
     causal: bool,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None,
+    with_state: bool,
 ) -> tuple[Tensor, Tensor]:
+    """o and the last state, empty unless asked for: for short sequences it is much of what is written."""
     check_attention(q, k, v, log_decay, initial_state, cu_seqlens, causal=causal)
+    inputs = (q, k, v, log_decay, initial_state, scale)
     with torch.autocast(q.device.type, enabled=False):
-        if not causal:
-            return full.forward(q, k, v, initial_state, scale)
-        if _has_kernel(q, k, v):
+        if causal and _has_kernel(q, k, v):
             from attnopt.kernels.lightning import triton_forward
 
-            return triton_forward.forward(q, k, v, log_decay, initial_state, scale, cu_seqlens)
-        if cu_seqlens is None:
-            return chunked.forward(q, k, v, log_decay, initial_state, scale)
-        return packed.forward(q, k, v, log_decay, initial_state, scale, cu_seqlens)
+            return triton_forward.forward(*inputs, cu_seqlens, with_state=with_state)
+        if not causal:
+            out, state = full.forward(q, k, v, initial_state, scale)
+        elif cu_seqlens is None:
+            out, state = chunked.forward(*inputs)
+        else:
+            out, state = packed.forward(*inputs, cu_seqlens)
+        return out, state if with_state else state.new_empty(0)
 
 
 @_attention.register_fake
@@ -137,11 +142,13 @@ def _(
     initial_state: Tensor | None,
     scale: float,
     causal: bool,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None,
+    with_state: bool,
 ) -> tuple[Tensor, Tensor]:
     del scale
     check_attention(q, k, v, log_decay, initial_state, cu_seqlens, causal=causal)
-    return q.new_empty((*q.shape[:3], v.shape[3])), _new_state(q, v, cu_seqlens)
+    state = _new_state(q, v, cu_seqlens)
+    return q.new_empty((*q.shape[:3], v.shape[3])), state if with_state else state.new_empty(0)
 
 
 @torch.library.custom_op("attnopt::lightning_attention_backward", mutates_args=())
@@ -158,12 +165,12 @@ def _attention_backward(
     with_log_decay: bool,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay (empty unless asked for) and initial_state."""
+    """Gradients of q, k, v, log_decay (empty unless asked for) and initial_state (empty unless there is one)."""
     inputs = (d_out, d_state, q, k, v, log_decay, initial_state, scale)
     with torch.autocast(q.device.type, enabled=False):
         if not causal:
-            return _as_tuple(full.backward(d_out, d_state, q, k, v, initial_state, scale), log_decay)
-        if _has_kernel(q, k, v):
+            found = full.backward(d_out, d_state, q, k, v, initial_state, scale)
+        elif _has_kernel(q, k, v):
             from attnopt.kernels.lightning import triton_backward
 
             found = triton_backward.backward(*inputs, cu_seqlens, with_log_decay=with_log_decay)
@@ -171,7 +178,7 @@ def _attention_backward(
             found = chunked.backward(*inputs, with_log_decay=with_log_decay)
         else:
             found = packed.backward(*inputs, cu_seqlens, with_log_decay=with_log_decay)
-        return _as_tuple(found, log_decay)
+        return _as_tuple(found, log_decay, initial_state)
 
 
 @_attention_backward.register_fake
@@ -188,8 +195,10 @@ def _(
     with_log_decay: bool,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    del d_out, d_state, initial_state, scale, causal
+    del d_out, d_state, scale, causal
     state = _new_state(q, v, cu_seqlens)
+    if initial_state is None:
+        state = state.new_empty(0)
     decay = state.new_empty(0)
     if with_log_decay and log_decay is not None:
         decay = log_decay.new_empty(log_decay.shape)
@@ -198,13 +207,15 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     del output
-    *tensors, ctx.scale, ctx.causal, cu_seqlens = inputs
+    *tensors, ctx.scale, ctx.causal, cu_seqlens, _ = inputs
     ctx.save_for_backward(*tensors, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+    if d_state is not None and not d_state.numel():
+        d_state = None  # of a state that nobody asked for
     if d_out is None:
         d_out = q.new_zeros((*q.shape[:3], v.shape[3]))
     with_log_decay = ctx.needs_input_grad[3]
@@ -212,7 +223,7 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tu
         d_out, d_state, q, k, v, log_decay, initial_state, ctx.scale, ctx.causal, with_log_decay, cu_seqlens
     )
     d_decay = d_decay if with_log_decay else None
-    return dq, dk, dv, d_decay, d_initial if initial_state is not None else None, None, None, None
+    return dq, dk, dv, d_decay, d_initial if initial_state is not None else None, *[None] * 4
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -249,9 +260,17 @@ def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty((sequences, q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
 
 
-def _as_tuple(grads: Gradients, log_decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _as_tuple(
+    grads: Gradients, log_decay: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the op returns them: what the steps of one head share is added up where log_decay is (H,)."""
-    d_decay = grads.log_decay
+    d_decay, d_initial = grads.log_decay, grads.initial_state
     if log_decay is not None and d_decay.dim() == 3:
         d_decay = (d_decay.sum((0, 2)) if log_decay.dim() == 1 else d_decay).to(log_decay.dtype)
-    return grads.q, grads.k, grads.v, d_decay, grads.initial_state
+    return (
+        grads.q,
+        grads.k,
+        grads.v,
+        d_decay,
+        d_initial if initial_state is not None else d_initial.new_empty(0),
+    )

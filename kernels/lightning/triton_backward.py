@@ -38,7 +38,10 @@ def backward(
     with_log_decay: bool = False,
     tiles: Tiles | None = None,
 ) -> Gradients:
-    """Gradients of `triton_forward.forward`; shapes and results as in `chunked.backward`. `tiles` overrides."""
+    """Gradients of `triton_forward.forward`; shapes and results as in `chunked.backward`. `tiles` overrides.
+
+    The gradient of an initial state that is not there is empty.
+    """
     bind_context(q)
     chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
     decay = prepare_decay(log_decay, chunk, starts)
@@ -51,10 +54,11 @@ def backward(
     to_v = prepare(k, q, d_out, reverse=True)
     if with_log_decay:
         to_q, to_k = _with_terms(to_q, to_k, q, k)
-    dq = run_sweep(to_q, entering_states(to_q, state_t), q.dtype)
+    dq = run_sweep(to_q, entering_states(to_q, state_t), q.dtype, with_state=False)
     entering = entering_states(to_k, d_state_t)
-    dk = run_sweep(to_k, entering, kv_dtype)
-    dv = run_sweep(to_v, _as_entered(to_v, entering, d_state), kv_dtype)
+    dk = run_sweep(to_k, entering, kv_dtype, with_state=False)
+    entering = _as_entered(to_v, entering, d_state)
+    dv = run_sweep(to_v, entering, kv_dtype, with_state=initial_state is not None)
     return Gradients(
         dq.out,
         sum_groups(dk.out, k.shape[1]).to(k.dtype),

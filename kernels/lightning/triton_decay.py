@@ -88,6 +88,20 @@ def empty_terms(q: Tensor, v: Tensor, slices: int, chunk: int, packed: int = 0) 
 
 
 @triton.jit
+def decay_factor(exponent, dtype: tl.constexpr):
+    """2^exponent, for fp32 operands also below 2^-126, where exp2 on a GPU returns 0 and fp32 still has numbers.
+
+    What is as large as 2^120 fades to something in there. A product of normal numbers is not flushed.
+    """
+    if dtype == tl.float32:
+        low = exponent < -64.0
+        factor = tl.exp2(tl.where(low, exponent + 64.0, exponent)) * tl.where(low, 2.0**-64, 1.0)
+    else:
+        factor = tl.exp2(exponent)
+    return factor
+
+
+@triton.jit
 def head_decay(high_ptr, stride, h, PER_TOKEN: tl.constexpr):
     """The log decay of a head to base 2; 0 where there is none, or one per token."""
     g = 0.0
@@ -117,7 +131,9 @@ def running_decay(high_ptr, low_ptr, before, position, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def pair_weights(position, g, high, low, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr):
+def pair_weights(
+    position, g, high, low, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
     """2^(log decay from b to a) for key b (rows) and query a (columns); 0 where b is later, in reverse earlier.
 
     The exponent is masked before exp2: it would overflow there.
@@ -130,7 +146,7 @@ def pair_weights(position, g, high, low, PER_TOKEN: tl.constexpr, REVERSE: tl.co
     else:
         exponent = g * tl.abs(a - b)
     keep = a <= b if REVERSE else a >= b
-    return tl.exp2(tl.where(keep, exponent, float("-inf")))
+    return decay_factor(tl.where(keep, exponent, float("-inf")), dtype)
 
 
 @triton.jit

@@ -17,9 +17,12 @@ def forward(
     scale: float,
     starts: Tensor | None = None,
     *,
+    with_state: bool = True,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal linear attention and the state after the last token; shapes as in `chunked.forward`, no dimension 0.
+
+    Without `with_state` the state is empty.
 
     q, k, v fp32, bf16 or fp16 with D and Dv <= 256, any strides. `starts`: of packed sequences, the
     op's `cu_seqlens`. `tiles` overrides the choice by shape.
@@ -28,5 +31,5 @@ def forward(
     chunk = tiles.chunk if tiles else chunk_rows(q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
     decay = prepare_decay(log_decay, chunk, starts)
     sweep = prepare_sweep(q, k, v, decay=decay, scale=scale, reverse=False, tiles=tiles, starts=starts)
-    swept = run_sweep(sweep, entering_states(sweep, initial_state), q.dtype)
+    swept = run_sweep(sweep, entering_states(sweep, initial_state), q.dtype, with_state=with_state)
     return swept.out, swept.state

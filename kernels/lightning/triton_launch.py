@@ -22,7 +22,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """out (B, H, S, DZ); state (B, H, DX, DZ) fp32 after the last chunk."""
+    """out (B, H, S, DZ); state (B, H, DX, DZ) fp32 after the last chunk, or empty."""
 
     out: Tensor
     state: Tensor
@@ -125,14 +125,15 @@ def entering_states(sweep: Sweep, entering: Tensor | None) -> Tensor | None:
     return states[:, :, ::each]
 
 
-def run_sweep(sweep: Sweep, states: Tensor | None, out_dtype: torch.dtype) -> Swept:
+def run_sweep(sweep: Sweep, states: Tensor | None, out_dtype: torch.dtype, *, with_state: bool) -> Swept:
     """The pass that writes outputs; states: what `entering_states` returned, or that of a sweep with the same one."""
-    shape = (sweep.x.shape[0], sweep.heads, sweep.x.shape[2], sweep.z.shape[3])
-    out = sweep.x.new_empty(shape, dtype=out_dtype)
-    state = sweep.x.new_empty((sweep.sequences, sweep.heads, sweep.x.shape[3], shape[3]), dtype=torch.float32)
+    x, size = sweep.x, sweep.z.shape[3]
+    out = x.new_empty((x.shape[0], sweep.heads, x.shape[2], size), dtype=out_dtype)
+    shape = (sweep.sequences, sweep.heads, x.shape[3], size) if with_state else (0,)
+    state = x.new_empty(shape, dtype=torch.float32)
     cut = _Pass(sweep.chunks_each, sweep.segments, 0, sweep.segments, sweep.tiles)
-    with on_device_of(sweep.x):
-        _run(sweep, cut, states, out, state[:, :, None], None)
+    with on_device_of(x):
+        _run(sweep, cut, states, out, state[:, :, None] if with_state else None, None)
     return Swept(out, state)
 
 
@@ -163,12 +164,12 @@ def _run(
     cut: _Pass,
     entering: Tensor | None,
     out: Tensor | None,
-    leaving: Tensor,
+    leaving: Tensor | None,
     logs: Tensor | None,
 ) -> None:
     x, y, z, own, tiles = sweep.x, sweep.y, sweep.z, sweep.own, cut.tiles
     enter = None if entering is None else entering.flatten(0, 1)
-    leave = leaving.flatten(0, 1)
+    leave = None if leaving is None else leaving.flatten(0, 1)
     state_dtype, state_precision = _state_operand(x.dtype)
     width = next_power_of_two(x.shape[3])
     bulk = sweep.starts is None and all(_is_bulk(t) for t in (x, y, z, own) if t is not None)
@@ -180,7 +181,7 @@ def _run(
         *x_given, *y_given, *z_given, *out_given,
         *own_given, *_terms(sweep),
         sweep.starts, sweep.decay.high, sweep.decay.low, sweep.decay.stride,
-        enter, *(enter.stride() if enter is not None else _NO_STRIDES), leave, *leave.stride()[:2], logs,
+        enter, *_strides(enter), leave, *_strides(leave)[:2], logs,
         sweep.scale, sweep.scale or 1.0, sweep.heads, x.shape[2],
         sweep.heads // x.shape[1], sweep.heads // y.shape[1], sweep.heads // z.shape[1],
         sweep.heads // own.shape[1] if own is not None else 1,
@@ -191,6 +192,10 @@ def _run(
         PRECISION=dot_precision(x.dtype), STATE_DTYPE=state_dtype, STATE_PRECISION=state_precision,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
+
+
+def _strides(states: Tensor | None) -> tuple[int, ...]:
+    return _NO_STRIDES if states is None else states.stride()
 
 
 def _terms(sweep: Sweep) -> tuple[Tensor | None, int, Tensor | None]:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from attnopt.kernels._triton import offset
 from attnopt.kernels.lightning.triton_decay import (
+    decay_factor,
     forward_terms,
     head_decay,
     pair_weights,
@@ -34,7 +35,7 @@ _FADED = tl.constexpr(277.0)
 @triton.jit
 def _next_state(state, total, z, faded, PRECISION: tl.constexpr):
     """2^total x state + z^T faded."""
-    factor = tl.exp2(total)
+    factor = decay_factor(total, z.dtype)
     if z.dtype == tl.float32:
         # One rounding of the sum a chunk, and a factor near 1 with all its digits: errors add up over long sequences.
         added = tl.dot(tl.trans(z), faded, input_precision=PRECISION)
@@ -137,7 +138,7 @@ def sweep_kernel(
         until = g * tl.maximum(m - 1 - a, 0) + ((last_high - high) + (last_low - low))
         total = g * m + (last_high + last_low)
 
-        fade = tl.exp2(since) * (scale / unit) if REVERSE else tl.exp2(until)
+        fade = decay_factor(since if REVERSE else until, y.dtype) * (scale / unit if REVERSE else 1.0)
         faded = (y.to(tl.float32) * fade[:, None]).to(y.dtype)
         if OUTPUT:
             x = load_rows(
@@ -147,8 +148,9 @@ def sweep_kernel(
             out = tl.dot(
                 state.to(STATE_DTYPE), tl.trans(x).to(STATE_DTYPE), input_precision=STATE_PRECISION
             )  # fmt: skip
-            out *= (tl.exp2(until) * unit if REVERSE else tl.exp2(since) * scale)[None, :]
-            scores *= pair_weights(a, g, high, low, PER_TOKEN, REVERSE) * scale
+            reached = decay_factor(until if REVERSE else since, y.dtype) * (unit if REVERSE else scale)
+            out *= reached[None, :]
+            scores *= pair_weights(a, g, high, low, PER_TOKEN, REVERSE, y.dtype) * scale
             if own_ptr is not None:
                 # out holds what passes between this chunk and those before it (in reverse: after it).
                 own = load_rows(
@@ -160,7 +162,7 @@ def sweep_kernel(
                 at_state += dz[:, None] * DX + dx[None, :]
                 if REVERSE:
                     entered = tl.load(at_state, mask=in_state, other=0.0).to(tl.float32)
-                    through = tl.sum(entered * state) * unit * tl.exp2(total)
+                    through = tl.sum(entered * state) * unit * decay_factor(total, y.dtype)
                     terms = reverse_terms(passed, through, a)
                 else:
                     tl.store(at_state, state.to(states_ptr.dtype.element_ty), mask=in_state)
@@ -177,12 +179,11 @@ def sweep_kernel(
         state = _next_state(state, total, z, faded, PRECISION)
         decayed += total
 
-    if REVERSE:
-        state = state * unit
-    _leave_state(
-        leave_ptr, leave_sh, leave_sw, logs_ptr, bh, part, segment, first_segment, segments, state, decayed, dx, dz,
-        in_state, DZ, REVERSE, OUTPUT,
-    )  # fmt: skip
+    if leave_ptr is not None:
+        _leave_state(
+            leave_ptr, leave_sh, leave_sw, logs_ptr, bh, part, segment, first_segment, segments,
+            state * unit if REVERSE else state, decayed, dx, dz, in_state, DZ, REVERSE, OUTPUT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def carry_kernel(states_ptr, logs_ptr, segments, size, blocks, REVERSE: tl.const
         here += stride
         log += one
         total = tl.load(log)
-        factor = tl.exp2(total)
+        factor = decay_factor(total, tl.float32)
         rest = state * rest_of_factor(total, factor)
         state = state * factor + (rest + tl.load(here, mask=inside, other=0.0))
         tl.store(here, state, mask=inside)

@@ -85,7 +85,17 @@ def test_the_op_takes_the_step(dtype) -> None:
 def test_the_op_is_registered_well(dtype, decay: str, layout: str) -> None:
     case = case_of(dtype, 100, decay=decay)
     laid = case.map(lambda x: (LAYOUTS[layout](x) if x.dim() > 2 else x).requires_grad_())
-    arguments = (laid.q, laid.k, laid.v, laid.log_decay, laid.initial_state, laid.scale, True)
+    arguments = (
+        laid.q,
+        laid.k,
+        laid.v,
+        laid.log_decay,
+        laid.initial_state,
+        laid.scale,
+        True,
+        None,
+        layout != "padded",
+    )
     assert set(torch.library.opcheck(ATTENTION, arguments).values()) == {"SUCCESS"}
 
 

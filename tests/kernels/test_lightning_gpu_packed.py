@@ -126,6 +126,7 @@ def test_packed_sequences_are_registered_well(dtype, decay: str) -> None:
         case.scale,
         True,
         starts_of((5, 60, 35)),
+        True,
     )
     checks = torch.library.opcheck(torch.ops.attnopt.lightning_attention.default, given)
     assert set(checks.values()) == {"SUCCESS"}

@@ -38,7 +38,17 @@ def low_case(length: int, **changes: object) -> Case:
 def test_op_is_registered_well(decay: str, with_state: bool, layout: str) -> None:
     case = low_case(37, kv_heads=2, decay=decay, with_state=with_state)
     laid = case.map(lambda x: (LAYOUTS[layout](x) if x.dim() > 2 else x).requires_grad_())
-    arguments = (laid.q, laid.k, laid.v, laid.log_decay, laid.initial_state, laid.scale, True)
+    arguments = (
+        laid.q,
+        laid.k,
+        laid.v,
+        laid.log_decay,
+        laid.initial_state,
+        laid.scale,
+        True,
+        None,
+        with_state,
+    )
     assert set(torch.library.opcheck(ATTENTION, arguments).values()) == {"SUCCESS"}
 
 
@@ -48,7 +58,7 @@ def test_full_attention_is_registered_well(dtype: torch.dtype, layout: str) -> N
     case = make_case(37, kv_heads=2).in_rounded(dtype)
     q, k, v, state = (LAYOUTS[layout](x) for x in (case.q[:, :, :5], case.k, case.v, case.initial_state))
     arguments = tuple(x.requires_grad_() for x in (q, k, v))
-    tests = torch.library.opcheck(ATTENTION, (*arguments, None, state, 0.5, False))
+    tests = torch.library.opcheck(ATTENTION, (*arguments, None, state, 0.5, False, None, True))
     assert set(tests.values()) == {"SUCCESS"}
 
 

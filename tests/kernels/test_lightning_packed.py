@@ -117,7 +117,8 @@ def test_the_kernel_lets_nothing_pass_either() -> None:
 def test_packed_calls_pass_opcheck() -> None:
     given = inputs(torch.float32, "head")
     arguments = (*(x.requires_grad_() for x in given.values()), 1.0, True, torch.tensor(STARTS))
-    torch.library.opcheck(torch.ops.attnopt.lightning_attention.default, arguments)
+    for with_state in (False, True):
+        torch.library.opcheck(torch.ops.attnopt.lightning_attention.default, (*arguments, with_state))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lightning_judging import (
 from oracle import assert_same
 from torch import Tensor
 
-from attnopt.kernels.lightning import triton_backward
+from attnopt.kernels.lightning import triton_backward, triton_forward
 from attnopt.kernels.lightning.triton_launch import _is_bulk
 from attnopt.kernels.lightning.triton_tiles import Tiles, _programs, choose_tiles, chunk_rows
 
@@ -77,6 +77,17 @@ def test_a_call_without_states_starts_from_zero(device, dtype) -> None:
     tensors = (low.d_out, None, low.q, low.k, low.v, low.log_decay, None, low.scale)
     without, zeros = triton_backward.backward(*tensors, with_log_decay=True), backward(low)
     assert all(torch.equal(getattr(without, name), zeros[name]) for name in "qkv")
+    assert without.initial_state.numel() == 0
+
+
+@everywhere
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_state_that_nobody_asks_for_is_not_written(device, dtype, segments: int) -> None:
+    low, tiles = small_case(40).in_rounded(dtype).on(device), Tiles(16, 16, segments)
+    given = (low.q, low.k, low.v, low.log_decay, low.initial_state, low.scale)
+    out, state = triton_forward.forward(*given, with_state=False, tiles=tiles)
+    assert torch.equal(out, forward(low, tiles)[0])
+    assert state.numel() == 0
 
 
 @everywhere
