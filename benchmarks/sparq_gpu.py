@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import triton
-from _sparq_checks import BITS, CHECKED, Row, Shape, check, lengths_of, request_of, token_of
+from _sparq_checks import BITS, CHECKED, Row, Shape, check, lengths_of, request_of, token_of, versions
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,12 +33,14 @@ from triton.testing import do_bench
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles, choose_tiles
 from attnopt.kernels.sparq.triton_attend import attend
-from attnopt.kernels.sparq.triton_decode import choose, decode
+from attnopt.kernels.sparq.triton_bound import bound_runs, bounded_weights
+from attnopt.kernels.sparq.triton_decode import choose, decode, score_positions
 from attnopt.kernels.sparq.triton_score import (
+    Channels,
     approximate_logits,
     choose_channels,
     group_weights,
-    score_positions,
+    row_logits,
 )
 from attnopt.kernels.sparq.triton_select import sort_positions
 
@@ -113,26 +115,50 @@ def graphed(run: Callable[[], Tensor]) -> float:
     return time
 
 
+def compared(shape: Shape) -> Row:
+    """Milliseconds of a step in each of its versions."""
+    request = request_of(shape, torch.bfloat16)
+    found = {name: graphed(step_of(request, tiles)) for name, tiles in versions(request).items()}
+    return {"shape": str(shape), **found}
+
+
 def phases(shape: Shape) -> Row:
-    """Milliseconds of each launch of one step, and of torch.topk in place of the choice."""
+    """Milliseconds of each launch of one step, of the choice in the second version, and of torch.topk in its place."""
     request = request_of(shape, torch.bfloat16)
     tiles, token = choose_tiles(request), token_of(request)
+    stored, second = replace(tiles, bounded=False), versions(request)["second"]
     channels = choose_channels(request, token)
-    scores, weights = score_positions(request, channels, tiles)
-    choice = choose(request, weights, tiles)
+    scores, weights = score_positions(request, channels, stored)
+    choice = choose(request, weights, stored)
     row: Row = {
         "shape": str(shape),
         "append_channels": graphed(lambda: choose_channels(request, token).index),
-        "logits_of_rows": math.nan,
-        "logits_by_dots": graphed(lambda: approximate_logits(request, channels, tiles).logits),
+        "logits": math.nan,
         "weights": math.nan,
-        "choose": graphed(lambda: choose(request, weights, tiles).positions),
+        "bounds": math.nan,
+        "bounded_weights": math.nan,
+        "open_runs": math.nan,
+        "choose": graphed(lambda: choose(request, weights, stored).positions),
+        "choose_second": graphed(lambda: choose(request, weights, second).positions),
         "torch_topk": graphed(lambda: sort_positions(request, weights).positions),
         "attend": graphed(lambda: attend(request, choice, scores, tiles)),
     }
     if request.group == 1:
-        return {**row, "logits_of_rows": graphed(lambda: score_positions(request, channels, tiles)[1].best)}
-    return {**row, "weights": graphed(lambda: group_weights(request, scores, tiles).weight)}
+        return {**row, "logits": graphed(lambda: row_logits(request, channels, tiles)[1].best)}
+    return row | _of_groups(request, channels, replace(tiles, bounded=True))
+
+
+def _of_groups(request: Request, channels: Channels, tiles: Tiles) -> Row:
+    """Milliseconds of the launches for heads that share keys, and how many runs of a group are weighed, of how many."""
+    scores, bounds = approximate_logits(request, channels, tiles), bound_runs(request, channels, tiles)
+    is_open = bounded_weights(request, channels, bounds, tiles).best != -(2**31)
+    return {
+        "logits": graphed(lambda: approximate_logits(request, channels, tiles).logits),
+        "weights": graphed(lambda: group_weights(request, scores, tiles).weight),
+        "bounds": graphed(lambda: bound_runs(request, channels, tiles).best),
+        "bounded_weights": graphed(lambda: bounded_weights(request, channels, bounds, tiles).weight),
+        "open_runs": f"{is_open.sum(1).float().mean():.0f} of {is_open.shape[1]}",
+    }
 
 
 def sweep(shape: Shape) -> Row:
@@ -142,14 +168,13 @@ def sweep(shape: Shape) -> Row:
     return {"shape": str(shape), **found}
 
 
-def compile_for(shape: Shape, with_phases: bool, with_sweep: bool) -> None:  # noqa: FBT001
+def compile_for(shape: Shape, with_sweep: bool) -> None:  # noqa: FBT001
     """Compiles what is timed for a shape into Triton's cache on disk, for the process that times it."""
     torch.cuda.empty_cache()
     request = request_of(shape, torch.bfloat16)
-    for tiles in other_tiles(request).values() if with_sweep else [choose_tiles(request)]:
+    contenders = [choose_tiles(request), *versions(request).values()]
+    for tiles in contenders + (list(other_tiles(request).values()) if with_sweep else []):
         step_of(request, tiles)()
-    if with_phases and request.group == 1:
-        approximate_logits(request, choose_channels(request), choose_tiles(request))
 
 
 def other_tiles(request: Request) -> dict[str, Tiles]:
@@ -159,12 +184,20 @@ def other_tiles(request: Request) -> dict[str, Tiles]:
         {},
         {"split": usual.split * 2}, {"split": max(512, usual.split // 2)},
         {"chosen_block": 32}, {"chosen_block": 64}, {"chosen_block": 128},
-        {"run": 16}, {"run": 32}, {"run": 64},
+        {"run": 16}, {"run": 32}, {"run": 64}, {"narrow": 256},
     ]  # fmt: skip
     if request.group == 1:
         changes += [{"dot_heads": 1}, {"row_stages": 1}, {"row_stages": 2}, {"row_block": 512}]
     else:
         changes += [{"block": 64}, {"block": 256}, {"weight_block": 512}, {"weight_block": 2048}]
+        changes += [
+            {"bounded": 1, **sizes}
+            for sizes in (
+                {}, {"block": 64}, {"bound_split": usual.bound_split * 2}, {"bound_split": usual.bound_split // 2},
+                {"open_split": usual.open_split * 2}, {"open_split": usual.open_split // 2},
+                {"block": 64, "bound_split": usual.bound_split // 2},
+            )
+        ]  # fmt: skip
     found = {}
     for change in changes:
         tiles = replace(usual, **change)
@@ -187,14 +220,14 @@ def main() -> int:
     begin, timed = time.perf_counter(), TIMED[::5] if chosen.quick else TIMED
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         checks = list(pool.map(check, *zip(*product(CHECKED, BITS), strict=True)))
-        list(pool.map(compile_for, timed, repeat(chosen.phases), repeat(chosen.sweep)))
+        list(pool.map(compile_for, timed, repeat(chosen.sweep)))
     print(
         f"{sum(row['passed'] for row in checks)} of {len(checks)} right, {time.perf_counter() - begin:.0f} s",
         flush=True,
     )
     payload: dict[str, Any] = {"environment": environment(), "checks": checks}
     _print_table(checks)
-    stages = {"timings": timings} | ({"phases": phases} if chosen.phases else {})
+    stages = {"timings": timings, "versions": compared} | ({"phases": phases} if chosen.phases else {})
     stages |= {"sweep": sweep} if chosen.sweep else {}
     for name, stage in stages.items():
         payload[name] = [stage(shape) for shape in timed if stage is not sweep or shape in WANTED]

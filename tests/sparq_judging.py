@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles
-from attnopt.kernels.sparq.triton_decode import choose, served
-from attnopt.kernels.sparq.triton_score import Scores, choose_channels, score_positions
+from attnopt.kernels.sparq.triton_decode import choose, score_positions, served
+from attnopt.kernels.sparq.triton_score import Scores, choose_channels
 from attnopt.kernels.sparq.triton_select import Chosen, Weights
 
 #: Small enough to interpret, and several splits, parts and tiles to every axis of the cases.

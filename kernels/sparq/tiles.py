@@ -6,10 +6,18 @@ from attnopt.kernels.sparq.request import Request
 
 #: Programs that keep a large GPU busy, where heads share keys and where not; so many splits there are, about.
 PROGRAMS, ROW_PROGRAMS = 512, 1024
+#: Programs of the kernel that writes bounds: two for each multiprocessor, which hold no more of them.
+BOUND_PROGRAMS = 256
 #: The most parts whose maxima and sums one program reduces at once.
 MOST_PARTS = 128
+#: Positions in a tile of the logits kernel.
+BLOCK = 128
+#: Logits of so many heads and positions do not stay in the cache of a large GPU until they are read again.
+MANY_LOGITS = 2**23
 #: The most scores that one program of the weights kernel holds: heads of a group times positions.
 MOST_SCORES = 8192
+#: The most bounds that one program of the bounded weights kernel holds: heads of a group times tiles of positions.
+MOST_BOUNDS = 16384
 #: The most weights that one program can choose from; above it torch chooses.
 MOST_CANDIDATES = 32768
 
@@ -23,9 +31,12 @@ class Tiles:
     logits go to the tensor cores; one head alone can do without (2), or not (1).
     weight_block: positions in a program of the weights kernel. run: neighbours of which the largest weight is kept.
     chosen_block, chosen_split: chosen positions in a tile, and in a program, of the attention kernel.
+    narrow: the most positions at or above the bar of the runs that are searched by themselves; 0: all of the best runs
+    are. bounded: heads that share keys write no logits, only bounds of each run; bound_split, open_split: positions in
+    a program that writes bounds, and in one that weighs what they leave open. early: launches may overlap.
     """
 
-    block: int = 128
+    block: int = BLOCK
     split: int = 1024
     row_block: int = 1024
     row_stages: int = 3
@@ -34,6 +45,11 @@ class Tiles:
     chosen_block: int = 32
     chosen_split: int = 256
     dot_heads: int = 2
+    narrow: int = 0
+    bounded: bool = False
+    bound_split: int = 4096
+    open_split: int = 2048
+    early: bool = False
 
 
 def choose_tiles(request: Request) -> Tiles:
@@ -49,12 +65,21 @@ def choose_tiles(request: Request) -> Tiles:
         run=_run(sk, min(request.topk, sk), most=min(1024, MOST_SCORES // heads)),
         chosen_block=32 if is_wide else 128 if request.group > 1 and request.q.itemsize < 4 else 64,
         chosen_split=_part(min(request.topk, sk), parts, least=256),
+        narrow=max(256, 4 * power_of_two(min(request.topk, sk))),
+        bound_split=_part(sk, min(MOST_PARTS, max(1, BOUND_PROGRAMS // groups)), least=1024),
+        open_split=_part(sk, parts, least=512),
+        bounded=request.group > 1 and groups * heads * sk >= MANY_LOGITS and sk >= 4 * request.topk * BLOCK,
     )
+
+
+def ordered(*, early: bool) -> dict[str, bool]:
+    """Keyword arguments of a launch: whether it may be set up before the one before it has ended."""
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
 
 
 def candidates(sk: int, topk: int, run: int) -> int:
     """The most weights among which one program has to choose: the largest of all runs, then all of the best runs."""
-    return max(_power(-(-sk // run)), _power(topk) * run)
+    return max(power_of_two(-(-sk // run)), power_of_two(topk) * run)
 
 
 def _run(sk: int, topk: int, most: int) -> int:
@@ -64,9 +89,9 @@ def _run(sk: int, topk: int, most: int) -> int:
 
 def _part(length: int, parts: int, *, least: int) -> int:
     """The power of two, at least `least`, of which at most `parts` cover `length`."""
-    return _power(max(least, -(-length // parts)))
+    return power_of_two(max(least, -(-length // parts)))
 
 
-def _power(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest power of two from n."""
     return 1 << (n - 1).bit_length()

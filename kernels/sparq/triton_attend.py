@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.kernels._triton import dot, dot_precision, next_power_of_two, offset
+from attnopt.kernels._triton import await_launch, dot, dot_precision, next_power_of_two, offset
 from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
-from attnopt.kernels.sparq.tiles import Tiles
+from attnopt.kernels.sparq.tiles import Tiles, ordered
 from attnopt.kernels.sparq.triton_score import LOG2E, Scores, as_bytes, softmax_of_splits, strides_of
 from attnopt.kernels.sparq.triton_select import Chosen, range_of
 
@@ -36,7 +36,7 @@ def attend(request: Request, choice: Chosen | None, scores: Scores | None, tiles
     partial = _Partial.of(out, groups, parts, group) if parts > 1 else _Partial()
     d_pad, dv_pad = next_power_of_two(q.shape[3]), next_power_of_two(v.shape[3])
     sizes = {"G_PAD": next_power_of_two(group), "DV_PAD": dv_pad}
-    flags = {"BLEND": rest.mean is not None}
+    flags = {"BLEND": rest.mean is not None, **ordered(early=tiles.early)}
     _attend[(groups, parts)](
         q, k, v, as_bytes(kept), positions, rest.logits, rest.part_max, rest.part_sum, rest.mean, rest.there, out,
         request.starts, request.lengths, partial.acc, partial.top, partial.total, partial.covered,
@@ -100,9 +100,10 @@ def _attend(
     kv_heads, group, d, dv, sk, chosen, split, splits, grown, scale,
     HAS_POSITIONS: tl.constexpr, IS_WHOLE: tl.constexpr, G_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLEND: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (p, j): attention of group p over part j of its positions, finished at once when there is one part."""
+    await_launch(EARLY)
     pid, part = tl.program_id(0), tl.program_id(1)
     b, h = pid // kv_heads, pid % kv_heads
     g, e = tl.arange(0, G_PAD), tl.arange(0, DV_PAD)
@@ -114,14 +115,14 @@ def _attend(
     row = offset(pid, group) + g
 
     first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
-
+    factor = scale * LOG2E
     top = tl.full((G_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((G_PAD,), tl.float32)
     covered = tl.zeros((G_PAD,), tl.float32)
     acc = tl.zeros((G_PAD, DV_PAD), tl.float32)
     if BLEND:
         score_base, score_total = softmax_of_splits(max_ptr, sum_ptr, pid, group, splits, G_PAD, SPLITS_PAD)
-    for start in range(0, split, BLOCK):
+    for start in range(0, tl.minimum(split, chosen - part * split), BLOCK):
         slot = part * split + start + tl.arange(0, BLOCK)
         seen = slot < chosen
         pos = slot.to(tl.int64)
@@ -133,12 +134,12 @@ def _attend(
             if kept_ptr is not None:
                 seen &= tl.load(kept_ptr + offset(b, kept_sb) + offset(pos, kept_sn), mask=seen, other=0) != 0
         k_column = k_head + offset(pos, k_sn)[None, :]
-        s = dot(first_q, _channels(k_column, k_sd, c[:, None], d, seen[None, :]), PRECISION)
+        # A factor on each part: without one the parts would become one chain of multiply-adds.
+        s = dot(first_q, _channels(k_column, k_sd, c[:, None], d, seen[None, :]), PRECISION) * factor
         for at in tl.static_range(CHUNK, D_PAD, CHUNK):
             q = _channels(q_row, q_sd, (at + c)[None, :], d, is_head)
-            s += dot(q, _channels(k_column, k_sd, (at + c)[:, None], d, seen[None, :]), PRECISION)
+            s += dot(q, _channels(k_column, k_sd, (at + c)[:, None], d, seen[None, :]), PRECISION) * factor
         v = tl.load(v_row + offset(pos, v_sn)[:, None], mask=seen[:, None] & (e < dv)[None, :], other=0.0)
-        s = s * (scale * LOG2E)
         s = tl.where(seen[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
@@ -198,9 +199,10 @@ def _merge(
     acc_ptr, top_ptr, total_ptr, covered_ptr, mean_ptr, there_ptr, out_ptr,
     mean_sb, mean_sh, mean_sd,
     kv_heads, group, dv, chosen, parts,
-    G_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLEND: tl.constexpr,
+    G_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLEND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program p: adds up the parts of group p in order, and finishes."""
+    await_launch(EARLY)
     pid = tl.program_id(0)
     b, h = pid // kv_heads, pid % kv_heads
     g, e = tl.arange(0, G_PAD), tl.arange(0, DV_PAD)

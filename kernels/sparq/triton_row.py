@@ -7,7 +7,7 @@ through all channels, in fp32: nothing is exchanged between threads before the e
 import triton
 import triton.language as tl
 
-from attnopt.kernels._triton import offset
+from attnopt.kernels._triton import await_launch, offset
 from attnopt.kernels.sparq.triton_select import first_local, range_of, rank_of, store_best
 
 
@@ -50,8 +50,10 @@ def _row_logits(
     kt_sb, kt_sh, kt_sd, kt_sn, kept_sb, kept_sn,
     kv_heads, rank, sk, runs, split, local, grown,
     ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (p, s): logits of head p in split s, the best of each run of them, and their part of the softmax."""
+    await_launch(EARLY)
     pid, part = tl.program_id(0), tl.program_id(1)
     b, h = pid // kv_heads, pid % kv_heads
     first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)

@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.kernels._triton import dot, dot_precision, next_power_of_two, offset
+from attnopt.kernels._triton import await_launch, dot, dot_precision, next_power_of_two, offset
 from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
-from attnopt.kernels.sparq.tiles import Tiles
+from attnopt.kernels.sparq.tiles import Tiles, ordered
 from attnopt.kernels.sparq.triton_row import _row_logits, append
 from attnopt.kernels.sparq.triton_select import (
     Weights,
+    bar_of,
+    best_of,
     first_local,
     new_empty_int,
     range_of,
@@ -53,7 +55,7 @@ class Token:
     v: Tensor
 
 
-def choose_channels(request: Request, token: Token | None = None) -> Channels:
+def choose_channels(request: Request, token: Token | None = None, *, early: bool = False) -> Channels:
     """Launches one program per group: the channels with the largest |q| summed over the group.
 
     The same program appends a token at `lengths`, to both key layouts, the values and their running mean.
@@ -65,7 +67,7 @@ def choose_channels(request: Request, token: Token | None = None) -> Channels:
         q.new_empty(groups, group, rank),
         q.new_empty(groups, group, dtype=torch.float32),
     )
-    d_pad, dv = next_power_of_two(q.shape[3]), request.v.shape[3]
+    d_pad, dv, heads = next_power_of_two(q.shape[3]), request.v.shape[3], triton.next_power_of_2(group)
     k, v, k_t, mean = (request.k, request.v, request.k_t, request.v_mean) if token else (None,) * 4
     _channels[(groups,)](
         q, out.index, out.queries, out.heat,
@@ -73,8 +75,8 @@ def choose_channels(request: Request, token: Token | None = None) -> Channels:
         q.stride(0), q.stride(1), q.stride(3), request.scale,
         *append_strides(token), *strides_of(k, 4), *strides_of(v, 4), *strides_of(k_t, 4), *strides_of(mean, 3),
         request.k.shape[1], group, q.shape[3], dv, request.k.shape[2], rank,
-        G_PAD=next_power_of_two(group), D_PAD=d_pad, DV_PAD=next_power_of_two(dv),
-        num_warps=4 if d_pad <= 128 else 8,
+        G_PAD=heads, D_PAD=d_pad, DV_PAD=next_power_of_two(dv),
+        **ordered(early=early), num_warps=min(8, max(1, heads * d_pad // 512)),
     )  # fmt: skip
     return out
 
@@ -86,29 +88,19 @@ def append_strides(token: Token | None) -> tuple[int, ...]:
     return tuple(x.stride(i) for x in (token.k, token.v) for i in (0, 1, 3))
 
 
-def score_positions(request: Request, chosen: Channels, tiles: Tiles) -> tuple[Scores, Weights]:
-    """Launches the logits, and unless one head alone orders the positions by them, the weights of each group.
-
-    One head alone needs neighbouring positions side by side in memory, as the channel-major keys have them.
-    """
-    if request.group < tiles.dot_heads and request.keys_by_channel.stride(3) == 1:
-        return row_logits(request, chosen, tiles)
-    scores = approximate_logits(request, chosen, tiles)
-    return scores, group_weights(request, scores, tiles)
-
-
 def row_logits(request: Request, chosen: Channels, tiles: Tiles) -> tuple[Scores, Weights]:
     """Launches (groups, splits): what one head's logits are; they order its positions as their softmax does."""
     k_t, kept, groups = request.keys_by_channel, request.kept, len(chosen.heat)
     sk, split, block = k_t.shape[3], tiles.split, min(tiles.row_block, tiles.split)
-    scores, weights = _new_scores(request, chosen, tiles), _new_weights(request, tiles)
+    scores, weights = _new_scores(request, chosen, tiles), new_weights(request, tiles)
     weights = replace(weights, weight=scores.logits.view(groups, sk))
     _row_logits[(groups, triton.cdiv(sk, split))](
         chosen.queries, chosen.index, chosen.heat, k_t, as_bytes(kept), request.starts, request.lengths, weights.local,
         scores.logits, weights.best, scores.part_max, scores.part_sum,
         *k_t.stride(), *strides_of(kept, 2),
         k_t.shape[1], chosen.index.shape[1], sk, weights.best.shape[1], split, request.local, request.grown,
-        ROWS=8, STAGES=tiles.row_stages, BLOCK=block, RUN=tiles.run, num_warps=max(1, min(4, block // 256)),
+        ROWS=8, STAGES=tiles.row_stages, BLOCK=block, RUN=tiles.run,
+        **ordered(early=tiles.early), num_warps=max(1, min(4, block // 256)),
     )  # fmt: skip
     return scores, weights
 
@@ -123,7 +115,7 @@ def approximate_logits(request: Request, chosen: Channels, tiles: Tiles) -> Scor
         *k_t.stride(), *strides_of(kept, 2),
         k_t.shape[1], group, rank, k_t.shape[3], tiles.split, request.grown,
         HAS_KEPT=kept is not None, G_PAD=next_power_of_two(group), R_PAD=next_power_of_two(rank),
-        BLOCK=tiles.block, PRECISION=dot_precision(request.q.dtype),
+        BLOCK=tiles.block, PRECISION=dot_precision(request.q.dtype), **ordered(early=tiles.early),
     )  # fmt: skip
     return out
 
@@ -131,7 +123,7 @@ def approximate_logits(request: Request, chosen: Channels, tiles: Tiles) -> Scor
 def group_weights(request: Request, scores: Scores, tiles: Tiles) -> Weights:
     """Launches (groups, tiles): the softmax of each head, summed over the group, and the best of each run."""
     groups, group, sk = scores.logits.shape
-    splits, out = scores.part_max.shape[1], _new_weights(request, tiles)
+    splits, out = scores.part_max.shape[1], new_weights(request, tiles)
     out = replace(out, weight=scores.logits.new_empty(groups, sk))
     _weights[(groups, triton.cdiv(sk, tiles.weight_block))](
         scores.logits, scores.part_max, scores.part_sum, as_bytes(request.kept), request.starts, request.lengths,
@@ -139,7 +131,7 @@ def group_weights(request: Request, scores: Scores, tiles: Tiles) -> Weights:
         *strides_of(request.kept, 2),
         request.k.shape[1], group, sk, out.best.shape[1], splits, request.local, request.grown,
         G_PAD=triton.next_power_of_2(group), SPLITS_PAD=triton.next_power_of_2(splits),
-        BLOCK=tiles.weight_block, RUN=tiles.run,
+        BLOCK=tiles.weight_block, RUN=tiles.run, **ordered(early=tiles.early),
     )  # fmt: skip
     return out
 
@@ -150,7 +142,7 @@ def _new_scores(request: Request, chosen: Channels, tiles: Tiles) -> Scores:
     return Scores(new(groups, group, sk), new(groups, splits, group), new(groups, splits, group))
 
 
-def _new_weights(request: Request, tiles: Tiles) -> Weights:
+def new_weights(request: Request, tiles: Tiles) -> Weights:
     """Room for the best of each run; the weights themselves are put in by the caller."""
     (batch, kv_heads, sk, _), kept = request.k.shape, request.kept
     best = new_empty_int(request.k, batch * kv_heads, triton.cdiv(sk, tiles.run))
@@ -174,9 +166,10 @@ def _channels(
     q_sb, q_sh, q_sd, scale, nk_sb, nk_sh, nk_sd, nv_sb, nv_sh, nv_sd,
     k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kt_sb, kt_sh, kt_sd, kt_sn, mean_sb, mean_sh, mean_sd,
     kv_heads, group, d, dv, sk, rank,
-    G_PAD: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    G_PAD: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Program p: appends to group p; ranks its channels by comparing all pairs, packs the first r, ascending."""
+    """Program p: appends to group p; packs its r best channels, ascending, and what they are multiplied by."""
+    await_launch(EARLY)
     pid = tl.program_id(0)
     b, h = pid // kv_heads, pid % kv_heads
     if new_k_ptr is not None:
@@ -192,14 +185,11 @@ def _channels(
     q = tl.load(q_ptr + at, mask=there, other=0.0)
     size = tl.abs(q.to(tl.float32))
 
-    # A NaN would compare as neither larger nor equal and leave holes in the ranking: it counts as infinite.
+    # A NaN would have no place in the order: it counts as infinite. What is not there comes after zero.
     weight = tl.sum(size, axis=0)
     weight = tl.where(weight == weight, weight, float("inf"))
-    weight = tl.where(c < d, weight, -1.0)
-    mine, other = weight[None, :], weight[:, None]
-    ahead = (other > mine) | ((other == mine) & (c[:, None] < c[None, :]))
-    chosen = tl.sum(ahead.to(tl.int32), axis=0) < rank
-    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    order = tl.where(c < d, weight.to(tl.uint32, bitcast=True) + 1, 0)
+    chosen, slot, _ = best_of(order, bar_of(order, rank, rank, 0), rank)
 
     tl.store(index_ptr + offset(pid, rank) + slot, c, mask=chosen)
     row = offset(pid, group) + g
@@ -216,9 +206,10 @@ def _logits(
     kt_sb, kt_sh, kt_sd, kt_sn, kept_sb, kept_sn,
     kv_heads, group, rank, sk, split, grown,
     HAS_KEPT: tl.constexpr, G_PAD: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (p, s): logits of group p at the positions of split s, and the maximum and sum of their softmax."""
+    await_launch(EARLY)
     pid, part = tl.program_id(0), tl.program_id(1)
     b, h = pid // kv_heads, pid % kv_heads
     g, r = tl.arange(0, G_PAD), tl.arange(0, R_PAD)
@@ -278,8 +269,10 @@ def _weights(
     kept_sb, kept_sn,
     kv_heads, group, sk, runs, splits, local, grown,
     G_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (p, j): weights of one tile of positions. Each head's softmax comes before the sum over the group."""
+    await_launch(EARLY)
     pid, tile = tl.program_id(0), tl.program_id(1)
     b = pid // kv_heads
     first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnopt.kernels._triton import offset
+from attnopt.kernels._triton import await_launch, offset
 from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
-from attnopt.kernels.sparq.tiles import MOST_CANDIDATES, Tiles, candidates
+from attnopt.kernels.sparq.tiles import MOST_CANDIDATES, Tiles, candidates, ordered
 
 #: The rank of a position that is always chosen, and of one that is not there.
 ALWAYS = tl.constexpr(2**31 - 1)
@@ -49,12 +49,12 @@ def choose_positions(request: Request, weights: Weights, tiles: Tiles) -> Chosen
     (groups, sk), topk, new = weights.weight.shape, request.topk, weights.best.new_empty
     out = Chosen(new_empty_int(weights.best, groups, topk), new_empty_int(weights.best, groups))
     runs, k_pad = weights.best.shape[1], triton.next_power_of_2(topk)
-    widest = candidates(sk, topk, tiles.run)
+    widest, narrow = candidates(sk, topk, tiles.run), min(tiles.narrow, k_pad * tiles.run)
     _select[(groups,)](
         weights.weight, weights.best, request.starts, request.lengths, weights.local,
-        new(groups, topk, dtype=torch.int32), out.positions, out.there,
+        new(groups, topk), new(groups, 2, narrow), out.positions, out.there,
         request.k.shape[1], sk, runs, topk, request.local, request.grown,
-        RUNS_PAD=triton.next_power_of_2(runs), K_PAD=k_pad, RUN=tiles.run,
+        RUNS_PAD=triton.next_power_of_2(runs), K_PAD=k_pad, RUN=tiles.run, NARROW=narrow, **ordered(early=tiles.early),
         num_warps=min(32 if widest > MOST_CANDIDATES // 2 else 16, max(4, widest // 256)),
     )  # fmt: skip
     return out
@@ -170,10 +170,51 @@ def _enough(counts, count):
 
 
 @triton.jit
-def _best(signed, count):
-    """Whether each int32 is one of the `count` best that are there, its place among them, and how many there are."""
-    rank = signed.to(tl.uint32, bitcast=True) ^ 0x80000000
-    least = _smallest(rank, count)
+def bar_of(rank, count, enough, base):
+    """The highest bar from `base` that `count` uint32 reach, or a lower one that at most `enough` reach.
+
+    `base` itself where fewer than `count` are above it. Two bits a step.
+    """
+    above = tl.where(rank > base, rank - base, 0)
+    highest = tl.max(above, axis=0)
+    shift = 30
+    while (shift > 0) & ((highest >> shift) == 0):
+        shift -= 2
+    bar, reached = highest - highest, 2**31 - 1
+    while (shift >= 0) & (reached > enough):
+        one = (highest - highest + 1) << shift
+        two = bar + one + one
+        a, b, c = tl.reduce(
+            (_reach(above, bar + one), _reach(above, two), _reach(above, two + one)),
+            axis=0,
+            combine_fn=_added3,
+        )
+        digit = (a >= count).to(tl.int32) + (b >= count).to(tl.int32) + (c >= count).to(tl.int32)
+        reached = tl.where(digit == 3, c, tl.where(digit == 2, b, tl.where(digit == 1, a, reached)))
+        bar += digit.to(tl.uint32) << shift
+        shift -= 2
+    return base + bar
+
+
+@triton.jit
+def _reach(rank, bar):
+    return (rank >= bar).to(tl.int32)
+
+
+@triton.jit
+def _added3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _unsigned(rank):
+    """The same order in uint32, with 0 for what is not there."""
+    return rank.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def best_of(rank, least, count):
+    """Whether each uint32 is one of the `count` best, of which `least` is the last; its place among them; how many."""
     above, equal = rank > least, (rank == least) & (rank > 0)
     # How many above in the low half, how many equal in the high half, up to and with each.
     before = tl.cumsum(above.to(tl.uint32) + (equal.to(tl.uint32) << 16), axis=0)
@@ -186,11 +227,12 @@ def _best(signed, count):
 
 @triton.jit
 def _select(
-    weight_ptr, best_ptr, starts_ptr, lengths_ptr, local_ptr, runs_ptr, positions_ptr, there_ptr,
+    weight_ptr, best_ptr, starts_ptr, lengths_ptr, local_ptr, runs_ptr, narrow_ptr, positions_ptr, there_ptr,
     kv_heads, sk, runs, topk, local, grown,
-    RUNS_PAD: tl.constexpr, K_PAD: tl.constexpr, RUN: tl.constexpr,
+    RUNS_PAD: tl.constexpr, K_PAD: tl.constexpr, RUN: tl.constexpr, NARROW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program p: the topk best positions of group p."""
+    await_launch(EARLY)
     pid = tl.program_id(0)
     b = pid // kv_heads
     first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
@@ -199,20 +241,45 @@ def _select(
 
     run = tl.arange(0, RUNS_PAD)
     counts = (run < runs) & (run * RUN < last) & ((run + 1) * RUN > first)
-    rank = tl.load(best_ptr + offset(pid, runs) + run, mask=counts, other=NEVER)
-    is_best, place, found = _best(rank, topk)
+    rank = _unsigned(tl.load(best_ptr + offset(pid, runs) + run, mask=counts, other=NEVER))
+    least = _smallest(rank, topk) if NARROW == 0 else bar_of(rank, topk, topk, 0)
+    is_best, place, found = best_of(rank, least, topk)
     tl.store(runs_ptr + out + place, run, mask=is_best)
     tl.store(runs_ptr + out + slot, -1, mask=(slot >= found) & (slot < topk))
-    more = tl.sum((rank != NEVER).to(tl.int32), axis=0)
+    more = tl.sum((rank > 0).to(tl.int32), axis=0)
     tl.debug_barrier()  # what other threads of this program stored is read next
 
     nth = tl.arange(0, K_PAD * RUN)
     mine = tl.load(runs_ptr + out + nth // RUN, mask=nth // RUN < topk, other=-1)
     pos = mine * RUN + nth % RUN
     weight = tl.load(weight_ptr + offset(pid, sk) + pos, mask=(mine >= 0) & (pos < sk), other=float("-inf"))
-    rank = rank_of(weight, pos >= first_local(local_ptr, b, last, local))
-    is_best, place, found = _best(rank, topk)
-    tl.store(positions_ptr + out + place, pos, mask=is_best)
-    tl.store(positions_ptr + out + slot, -1, mask=(slot >= found) & (slot < topk))
+    rank = _unsigned(rank_of(weight, pos >= first_local(local_ptr, b, last, local)))
     # More runs than topk hold more positions than topk; else every position that is there is in these runs.
-    tl.store(there_ptr + pid, tl.maximum(more, tl.sum((rank != NEVER).to(tl.int32), axis=0)))
+    tl.store(there_ptr + pid, tl.maximum(more, tl.sum((rank > 0).to(tl.int32), axis=0)))
+    if NARROW == 0:
+        _store_best(positions_ptr + out, rank, pos, _smallest(rank, topk), topk, K_PAD)
+    else:
+        # So many runs have a position at the bar of the runs that no other position can be chosen; few have two.
+        is_likely = rank >= tl.maximum(least, 1)
+        likely = tl.sum(is_likely.to(tl.int32), axis=0)
+        if likely <= NARROW:
+            few, few_ptr = tl.arange(0, NARROW), narrow_ptr + offset(pid, 2 * NARROW)
+            into = few_ptr + tl.cumsum(is_likely.to(tl.int32), axis=0) - 1
+            tl.store(into, rank.to(tl.int32, bitcast=True), mask=is_likely)
+            tl.store(into + NARROW, pos, mask=is_likely)
+            tl.debug_barrier()
+            few_ranks = tl.load(few_ptr + few, mask=few < likely, other=0).to(tl.uint32, bitcast=True)
+            few_pos = tl.load(few_ptr + NARROW + few, mask=few < likely, other=-1)
+            bar = bar_of(few_ranks, topk, topk, least)
+            _store_best(positions_ptr + out, few_ranks, few_pos, bar, topk, K_PAD)
+        else:
+            _store_best(positions_ptr + out, rank, pos, bar_of(rank, topk, topk, least), topk, K_PAD)
+
+
+@triton.jit
+def _store_best(positions, rank, pos, least, topk, K_PAD: tl.constexpr):
+    """Stores the positions of the topk best, in their order, then -1."""
+    slot = tl.arange(0, K_PAD)
+    is_best, place, found = best_of(rank, least, topk)
+    tl.store(positions + place, pos, mask=is_best)
+    tl.store(positions + slot, -1, mask=(slot >= found) & (slot < topk))

@@ -68,3 +68,33 @@ def test_a_hundred_runs_give_the_same_bits() -> None:
     request = request_of(Case(group=4, sk=5000, d=128, dv=128, rank=32, topk=600), torch.bfloat16, "cuda")
     first = decode(request)
     assert all(torch.equal(decode(request), first) for _ in range(100))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_launches_that_overlap_give_the_same_bits(group: int) -> None:
+    case = Case(group=group, sk=9000, d=128, dv=128, rank=32, topk=64, local=8, mean_value=group == 1)
+    request = request_of(case, torch.bfloat16, "cuda")
+    tiles = replace(choose_tiles(request), bounded=group > 1)
+    apart = decode(request, replace(tiles, early=False))
+    together = replace(tiles, early=True)
+    assert all(torch.equal(decode(request, together), apart) for _ in range(100))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(request, together)
+    for _ in range(20):
+        request.q.normal_()
+        graph.replay()
+        assert torch.equal(out, decode(request, replace(tiles, early=False)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_bounds_choose_what_logits_choose(dtype: torch.dtype, spread: float) -> None:
+    case = Case(group=4, sk=70_000, d=128, dv=128, rank=32, topk=64, local=8, mean_value=False, spread=spread)
+    request = request_of(replace(case, scale=128**-0.5), dtype, "cuda")
+    tiles = choose_tiles(request)
+    bounded, stored = (positions_of(request, replace(tiles, bounded=x)) for x in (True, False))
+    assert bounded is not None
+    assert torch.equal(bounded, stored)

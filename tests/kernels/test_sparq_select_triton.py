@@ -20,6 +20,8 @@ from attnopt.kernels.sparq.triton_select import Weights, choose_positions, sort_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST, MOST = -(2**31), 2**31 - 1
+#: No second list of positions, one that is often too short, and one that holds all.
+NARROW = (0, 16, 256)
 
 
 def request_for(weight: Tensor, topk: int, local: int) -> Request:
@@ -52,9 +54,9 @@ def expected(weight: Tensor, topk: int, local: int) -> list[list[int]]:
     return rows
 
 
-def assert_selected(weight: Tensor, topk: int, local: int, run: int) -> None:
+def assert_selected(weight: Tensor, topk: int, local: int, run: int, narrow: int) -> None:
     request, weights = request_for(weight, topk, local), weights_for(weight, local, run)
-    chosen = choose_positions(request, weights, replace(SMALL, run=run))
+    chosen = choose_positions(request, weights, replace(SMALL, run=run, narrow=narrow))
     assert chosen.positions.tolist() == expected(weight, topk, local)
     there = (weight != -torch.inf).sum(-1)
     assert (chosen.there.cpu() > topk).tolist() == (there > topk).tolist()
@@ -73,19 +75,22 @@ VALUES = st.sampled_from(
 def test_any_weights_are_chosen_as_a_stable_sort_would(values: list[float], data: st.DataObject) -> None:
     topk = data.draw(st.integers(1, len(values)))
     local = data.draw(st.integers(0, topk))
-    assert_selected(torch.tensor([values, values[::-1]]), topk, local, data.draw(st.sampled_from([16, 32])))
+    run, narrow = data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from(NARROW))
+    assert_selected(torch.tensor([values, values[::-1]]), topk, local, run, narrow)
 
 
+@pytest.mark.parametrize("narrow", NARROW)
 @pytest.mark.parametrize("topk", [1, 7, 100])
-def test_equal_weights_are_chosen_in_order(topk: int) -> None:
+def test_equal_weights_are_chosen_in_order(topk: int, narrow: int) -> None:
     for value in (0.0, -5.0, 1.0):
-        assert_selected(torch.full((2, 300), value), topk, min(topk, 3), 16)
+        assert_selected(torch.full((2, 300), value), topk, min(topk, 3), 16, narrow)
 
 
-def test_a_cluster_in_one_run_is_chosen_whole() -> None:
+@pytest.mark.parametrize("narrow", NARROW)
+def test_a_cluster_in_one_run_is_chosen_whole(narrow: int) -> None:
     weight = torch.rand(1, 400)
     weight[0, 37:61] += 5
-    assert_selected(weight, 24, 0, 16)
+    assert_selected(weight, 24, 0, 16, narrow)
     assert expected(weight, 24, 0) == [list(range(37, 61))]
 
 
@@ -196,10 +201,10 @@ def test_long_rows_are_chosen_as_a_stable_sort_would(sk: int, topk: int) -> None
     run = min((16, 32, 64, 128), key=lambda run: candidates(sk, topk, run))
     if candidates(sk, topk, run) <= 32768:
         order = ranks(weight, 1).sort(dim=-1, descending=True, stable=True).indices[:, :topk].sort().values
-        chosen = choose_positions(
-            request_for(weight, topk, 1), weights_for(weight, 1, run), replace(SMALL, run=run)
-        )
-        assert torch.equal(chosen.positions.cpu().long(), order)
+        for narrow in NARROW:
+            tiles = replace(SMALL, run=run, narrow=narrow)
+            chosen = choose_positions(request_for(weight, topk, 1), weights_for(weight, 1, run), tiles)
+            assert torch.equal(chosen.positions.cpu().long(), order)
 
 
 @pytest.mark.gpu

@@ -202,7 +202,10 @@ def test_tiles_cover_the_sequence_in_few_parts() -> None:
             tiles = choose_tiles(
                 Request(shape.expand(batch, 4, 1, 128), k, k, None, None, None, 32, topk, 1, 1.0, True)
             )
-            assert 1 <= -(-sk // tiles.split) <= MOST_PARTS
+            assert all(
+                1 <= -(-sk // split) <= MOST_PARTS
+                for split in (tiles.split, tiles.bound_split, tiles.open_split)
+            )
             assert 1 <= -(-min(topk, sk) // tiles.chosen_split) <= MOST_PARTS
             assert tiles.split % tiles.block == tiles.chosen_split % tiles.chosen_block == 0
             assert (
@@ -211,5 +214,5 @@ def test_tiles_cover_the_sequence_in_few_parts() -> None:
                 == tiles.weight_block % tiles.run
                 == 0
             )
-            sizes = astuple(replace(tiles, row_stages=16, dot_heads=16))
+            sizes = astuple(replace(tiles, row_stages=16, dot_heads=16, bounded=16, early=16))
             assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
