@@ -9,7 +9,7 @@ from torch import Tensor
 from attnopt.caches_rotary import Rotary
 from attnopt.errors import OptionError, ShapeError, UnsupportedError
 from attnopt.kernels.streaming.op import attend
-from attnopt.kernels.streaming.ring import Entry, Span, Step, decode, enter, enters_by_triton
+from attnopt.kernels.streaming.ring import Entry, Span, Step, decode, enters_by_triton, take
 
 #: The tensors of a ring, all with the batch as their first dimension.
 FIELDS = ("keys", "values", "seen", "top")
@@ -129,10 +129,8 @@ class Ring:
             turn["frequencies"] = new.rotary.on(new.q.device).frequencies
             turn |= {"neighbours": new.rotary.pairs == "neighbours", "gain": new.rotary.gain}
         q, k, v = (x[:, :, 0] for x in (new.q, new.k, new.v))
-        near, far, newest = enter(Entry(q, k, v, self.keys, self.values, self.seen, keep, self.span, **turn))
-        self.seen += 1 if keep is None else keep.long()
-        at = self.keys, self.values, newest, self.span, new.scale, new.slopes
-        return decode(Step(near, far, *at))[:, :, None]
+        entry = Entry(q, k, v, self.keys, self.values, self.seen, keep, self.span, **turn)
+        return take(entry, new.scale, new.slopes)[:, :, None]
 
     def _take(self, new: Arrival) -> Tensor:
         length = new.q.shape[2]

@@ -5,7 +5,8 @@
 A time is the median of CUDA-graph replays over so many layers that their rings do not fit into the L2 cache, as in a
 model; it is given for one layer. `kernel` is attention alone, `step` all of StreamingCache.attend: positions, both
 rotations, writing the key, attention. The share counts keys and values that are seen, once, against a copy of 1 GiB,
-which counts reads and writes. --sweep times other tiles, for the rule that chooses them.
+which counts reads and writes. --sweep times other tiles, for the rule that chooses them, and other ways to launch them:
+parts joined by a launch of their own, launches that wait for the end of the one before, slots fetched ahead of it.
 """
 
 import argparse
@@ -75,7 +76,8 @@ def step_of(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Step:
         torch.randn(s.batch, s.kv_heads, span.slots, s.d, dtype=dtype, device="cuda") for _ in range(2)
     )
     newest = span.slots + torch.arange(s.batch, device="cuda") * 1001
-    return Step(near, far, keys, values, newest, span, s.d**-0.5)
+    tickets = torch.zeros(s.batch * s.kv_heads, dtype=torch.int32, device="cuda")
+    return Step(near, far, keys, values, newest, span, s.d**-0.5, tickets=tickets)
 
 
 def layers(shape: Shape) -> list[Step]:
@@ -165,14 +167,40 @@ def _tokens(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def swept(shape: Shape, rate: float, repeat: int) -> Row:
-    """Every choice of tiles for one shape, best first."""
+    """Every choice of tiles for one shape, best first; and every way to launch the chosen ones."""
     steps, found = layers(shape), []
-    for block, blocks, warps, stages in product((32, 64, 128), (1, 2, 4, 8), (2, 4, 8), (3, 4)):
-        tiles = Tiles(block, block * blocks, warps, stages)
-        if block * stages * shape.d * 4 > 220_000 or tiles.part > 2 * steps[0].span.ring:
-            continue
-        found.append((shape.bytes / rate * 1e3 / _kernel(steps, tiles, repeat), str(tiles)))
-    return {"case": str(shape), "best": sorted(found, reverse=True)[:8]}
+    for block, parts, warps, stages in product((32, 64, 128), (1, 2, 3, 4, 6, 8), (4, 8), (2, 3, 4)):
+        part = -(-steps[0].span.slots // parts // block) * block
+        if block * stages * shape.d * 4 <= 220_000:
+            tiles = Tiles(block, part, warps, stages)
+            found.append((shape.bytes / rate * 1e3 / _kernel(steps, tiles, repeat), str(tiles)))
+    ways = [
+        _way(steps, shape.bytes / rate * 1e3, repeat, tickets=tickets, overlap=overlap)
+        for tickets, overlap in product((True, False), repeat=2)
+    ]
+    ahead = [
+        (
+            slots,
+            shape.bytes / rate * 1e3 / _kernel(steps, replace(choose_tiles(steps[0]), ahead=slots), repeat),
+        )
+        for slots in (0, 64, 128)
+    ]
+    return {
+        "case": str(shape),
+        "best": sorted(found, reverse=True)[:8],
+        "ways": ways,
+        "slots_fetched_ahead": ahead,
+    }
+
+
+def _way(steps: list[Step], floor: float, repeat: int, *, tickets: bool, overlap: bool) -> Row:
+    tiles = replace(choose_tiles(steps[0]), overlap=overlap)
+    chosen = steps if tickets else [replace(step, tickets=None) for step in steps]
+    return {
+        "tickets": tickets,
+        "overlap": overlap,
+        "share_of_copy": floor / _kernel(chosen, tiles, repeat),
+    }
 
 
 def main() -> None:

@@ -63,6 +63,9 @@ class Step:
     are not rotated). keys (B, Hkv, slots, D), values (B, Hkv, slots, Dv), any strides; query head h reads kv head
     h // (H / Hkv). newest (B,) int64: the query's position, -1 where the sequence has no query, whose row is zero.
     slopes: float (H,), times the distance, taken off the score (ALiBi); to a sink the distance is that of places.
+
+    What a launch may use, or leave to others: tickets int32 (B * Hkv,), zeros and left as zeros, by which parts of the
+    ring know the last of them, which joins them; seen (B,) int64, which becomes newest + 1 where there is a query.
     """
 
     near: Tensor
@@ -73,6 +76,8 @@ class Step:
     span: Span
     scale: float
     slopes: Tensor | None = None
+    tickets: Tensor | None = None
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,16 +110,23 @@ def enters_by_triton(q: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and q.numel() > 0
 
 
-def enter(entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
-    """near, far and newest of the Step that follows: for `enters_by_triton` only."""
+def take(entry: Entry, scale: float, slopes: Tensor | None) -> Tensor:
+    """(B, H, Dv): a token to each sequence enters the ring and attends; `seen` is counted on.
+
+    For `enters_by_triton` only.
+    """
     from attnopt.kernels.streaming.triton_enter import launch
 
-    return launch(entry)
+    near, far, newest, tickets = launch(entry)
+    at = entry.keys, entry.values, newest, entry.span, scale, slopes
+    return decode(Step(near, far, *at, tickets=tickets, seen=entry.seen))
 
 
 def decode(step: Step) -> Tensor:
     """(B, H, Dv) in the dtype of the query. On a GPU a Triton kernel that can be captured in a CUDA graph."""
     if not _served_by_triton(step):
+        if step.seen is not None:
+            step.seen.copy_(torch.where(step.newest < 0, step.seen, step.newest + 1))
         return decode_in_torch(step)
     from attnopt.kernels.streaming.triton_decode import launch
 

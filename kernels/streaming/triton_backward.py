@@ -34,6 +34,8 @@ from attnopt.kernels.streaming.triton_tiles import (
 
 #: Queries beyond the window that one program sums for the sink columns, and the most such programs for a head.
 FAR_ROWS, MOST_PARTS = 1024, 32
+#: Tiles of those programs beside the keys' kernel for Hopper, whose blocks have as many keys.
+FAR_TILES = Tiles(64, triton_hopper.BLOCK, 4, 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,11 +62,14 @@ def launch(
     with on_device_of(q):
         rows = prepare(problem, answer, upstream, dlse)
         common = common_arguments(problem, upstream, rows)
-        dk, dv = keys(problem, common, by_keys or tiles_for(problem, BY_KEYS))
         if on_hopper:
-            dq = triton_hopper.queries(problem, upstream, rows.delta, rows.tail)
+            dq, near = triton_hopper.queries(problem, upstream, rows.delta, rows.tail)
         else:
-            dq = queries(problem, common, by_queries or tiles_for(problem, BY_QUERIES))
+            dq, near = queries(problem, common, by_queries or tiles_for(problem, BY_QUERIES)), None
+        if on_hopper and triton_hopper.serves_keys(problem):
+            dk, dv = keys_on_hopper(problem, common, upstream, rows, near)
+        else:
+            dk, dv = keys(problem, common, by_keys or tiles_for(problem, BY_KEYS))
     return Gradients(
         dq,
         dk,
@@ -136,6 +141,15 @@ def keys(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor
         num_stages=tiles.stages,
     )
     return dk, dv
+
+
+def keys_on_hopper(
+    problem: Problem, common: dict[str, Any], do: Tensor, rows: Rows, near: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """dk and dv, (B, Hkv, Sk, D), of a problem that `triton_hopper.serves_keys`; `near` by `triton_hopper.queries`."""
+    sums = near or far_sinks(problem, common, FAR_TILES)
+    done = problem.reach.head if near else 0
+    return triton_hopper.keys(problem, do, rows.delta, rows.tail, sums, done)
 
 
 def far_sinks(problem: Problem, common: dict[str, Any], tiles: Tiles) -> tuple[Tensor, Tensor]:

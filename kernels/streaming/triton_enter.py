@@ -4,14 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from attnopt.kernels._triton import next_power_of_two, offset, on_device_of
+from attnopt.kernels._triton import await_launch, can_overlap, next_power_of_two, offset, on_device_of
 from attnopt.kernels.streaming.ring import Entry
 
 TURN: tl.constexpr = tl.constexpr(6.283185307179586)
 
 
-def launch(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """near, far (B, H, D) and newest (B,) of the decoding step; keys and values are written in place.
+def launch(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """near, far (B, H, D), newest (B,) and tickets of the decoding step; keys and values are written in place.
 
     fp32, bf16 or fp16; no dimension may be empty; frequencies in fp64, on the device.
     """
@@ -22,10 +22,12 @@ def launch(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     far = torch.empty_like(q, memory_format=torch.contiguous_format) if rotates and span.sinks else q
     near = torch.empty_like(far) if rotates and not entry.turned else q
     newest = torch.empty_like(entry.seen)
+    tickets = newest.new_empty(batch * kv_heads, dtype=torch.int32)
     pairs = entry.frequencies.shape[0] if entry.frequencies is not None else 0
+    overlap = can_overlap(q)
     with on_device_of(q):
         enter_kernel[(batch * kv_heads,)](
-            q, k, v, near, far, entry.keys, entry.values, entry.seen, newest,
+            q, k, v, near, far, entry.keys, entry.values, entry.seen, newest, tickets,
             entry.seen if entry.keep is None else entry.keep.view(torch.uint8),
             q if entry.frequencies is None else entry.frequencies,
             *q.stride(), *k.stride(), *v.stride(), *near.stride(), *far.stride(),
@@ -35,8 +37,9 @@ def launch(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             NEIGHBOURS=entry.neighbours, HAS_KEEP=entry.keep is not None,
             G_PAD=triton.next_power_of_2(heads // kv_heads), PAIRS_PAD=triton.next_power_of_2(max(1, pairs)),
             D_PAD=next_power_of_two(d), DV_PAD=next_power_of_two(dv), num_warps=2,
+            OVERLAP=overlap, launch_pdl=overlap,
         )  # fmt: skip
-    return near, far, newest
+    return near, far, newest, tickets
 
 
 @triton.jit
@@ -71,15 +74,19 @@ def angle_of(t, frequency):
 
 @triton.jit
 def enter_kernel(
-    q_ptr, k_ptr, v_ptr, near_ptr, far_ptr, keys_ptr, values_ptr, seen_ptr, newest_ptr, keep_ptr, frequency_ptr,
+    q_ptr, k_ptr, v_ptr, near_ptr, far_ptr, keys_ptr, values_ptr, seen_ptr, newest_ptr, ticket_ptr, keep_ptr,
+    frequency_ptr,
     q_sb, q_sh, q_sd, k_sb, k_sh, k_sd, v_sb, v_sh, v_sd, near_sb, near_sh, near_sd, far_sb, far_sh, far_sd,
     keys_sb, keys_sh, keys_ss, keys_sd, values_sb, values_sh, values_ss, values_sd, keep_sb,
     kv_heads, group, d, dv, pairs, sinks, window, ring, gain,
     TURNS_NEAR: tl.constexpr, TURNS_FAR: tl.constexpr, NEIGHBOURS: tl.constexpr, HAS_KEEP: tl.constexpr,
     G_PAD: tl.constexpr, PAIRS_PAD: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (b, h): key and value of kv head h, and the queries of its group. `seen` is read, never written."""
+    await_launch(OVERLAP)
     pid = tl.program_id(0)
+    tl.store(ticket_ptr + pid, 0)
     b, h = pid // kv_heads, pid % kv_heads
     t = tl.load(seen_ptr + b)
     there = t >= 0

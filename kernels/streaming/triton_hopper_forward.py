@@ -20,6 +20,7 @@ from attnopt.kernels.streaming.triton_hopper_parts import (
     ROWS,
     fetch,
     hide,
+    hide_in_tile,
     keys_of,
     make_ring,
     place_queries,
@@ -34,11 +35,15 @@ _LN2 = gl.constexpr(0.6931471805599453)
 def attend_kernel(
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, o_desc, lse_ptr, log_sum_ptr,
     works, blocks, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, scale,
-    STAGES: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr, EMPTY_IS_ZERO: gl.constexpr,
+    STAGES: gl.constexpr, SETS: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,
+    EMPTY_IS_ZERO: gl.constexpr,
 ):  # fmt: skip
-    """o, lse, log_sum. HEAD: "none", "narrow" (a tile of 16 columns) or "tiles"."""
+    """o, lse, log_sum. HEAD: "none", "narrow" (a tile of 16 columns) or "tiles".
+
+    SETS of queries are on chip: with two, the next piece of work's arrive during this one.
+    """
     dtype: gl.constexpr = q_desc.dtype
-    queries = make_ring(dtype, q_desc, 2, 1)
+    queries = make_ring(dtype, q_desc, 2 * SETS, 1)
     keys = make_ring(dtype, k_desc, STAGES, 2)
     values = make_ring(dtype, v_desc, STAGES, 2)
     narrow_keys = make_ring(dtype, narrow_k_desc, 1, 2)
@@ -69,11 +74,12 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc = descs
     queries, keys, values, narrow_keys, narrow_values = rings
     works, blocks, heads, group = share
+    sets: gl.constexpr = queries[0].shape[0] // 2
     turn, n = 0, 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         b, h, first = place_queries(work, blocks, heads)
         for half in gl.static_range(2):
-            fetch(q_desc, b, h, first + half * ROWS, queries, half, turn & 1)
+            fetch(q_desc, b, h, first + half * ROWS, queries, turn % sets * 2 + half, turn // sets & 1)
         n = produce_keys(
             k_desc, v_desc, narrow_k_desc, narrow_v_desc, keys, values, narrow_keys, narrow_values,
             b, h // group, first, turn, n, edges, BLOCK, WINDOWED, HEAD,
@@ -98,7 +104,7 @@ def _compute(
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     stages: gl.constexpr = keys[0].shape[0]
-    q = queries[0].index(half).reshape([ROWS, WIDTH])
+    sets: gl.constexpr = queries[0].shape[0] // 2
     turn, n = 0, 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         b, h, first = place_queries(work, blocks, heads)
@@ -108,22 +114,26 @@ def _compute(
         level = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
         total = gl.zeros([ROWS], gl.float32, BY_ROW)
         acc = gl.zeros([ROWS, WIDTH], gl.float32, OUT)
-        mbarrier.wait(queries[1].index(half), turn & 1)
-        if HEAD == "narrow":
-            acc, level, total = _visit_narrow(
-                acc, level, total, q, rows, head, narrow_keys, narrow_values, turn & 1, edges, unit,
-                WEIGHTS, dtype, WINDOWED,
-            )  # fmt: skip
+        place = turn % sets * 2 + half
+        q = queries[0].index(place).reshape([ROWS, WIDTH])
+        mbarrier.wait(queries[1].index(place), turn // sets & 1)
         if count > 0:
             column, limit, partial = tile_of_keys(0, mine, head, more, start, edges, BLOCK, WINDOWED)
             mbarrier.wait(keys[1].index(n % stages), n // stages & 1)
             k = keys[0].index(n % stages).reshape([BLOCK, WIDTH]).permute((1, 0))
-            x = warpgroup_mma(q, k, gl.zeros([ROWS, BLOCK], gl.float32, LOGITS), use_acc=False)
+            x_running = warpgroup_mma(
+                q, k, gl.zeros([ROWS, BLOCK], gl.float32, LOGITS), use_acc=False, is_async=True
+            )
+            if HEAD == "narrow":
+                y = _multiply_narrow(q, rows, head, narrow_keys, turn & 1, edges, WINDOWED)
+                level = gl.convert_layout(gl.max(y, 1), BY_ROW)
+            x = warpgroup_mma_wait(0, deps=[x_running])
             mbarrier.arrive(keys[2].index(n % stages), count=1)
             if partial:
-                x = hide(x, rows, column, limit, edges, WINDOWED)
+                x = hide_in_tile(x, rows, column, limit, edges, WINDOWED, HEAD)
             weights, fade, level, total = _soften(x, level, total, unit)
-            acc = acc * gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, OUT)), 1)
+            if HEAD == "narrow":
+                acc, total = _add_narrow(acc, total, y, level, narrow_values, turn & 1, unit, WEIGHTS, dtype)
             p = gl.convert_layout(weights.to(dtype), WEIGHTS)
             for t in range(1, count):
                 column, limit, partial = tile_of_keys(t, mine, head, more, start, edges, BLOCK, WINDOWED)
@@ -139,7 +149,7 @@ def _compute(
                 x = warpgroup_mma_wait(1, deps=[x_running])
                 mbarrier.arrive(keys[2].index(now), count=1)
                 if partial:
-                    x = hide(x, rows, column, limit, edges, WINDOWED)
+                    x = hide_in_tile(x, rows, column, limit, edges, WINDOWED, HEAD)
                 weights, fade, level, total = _soften(x, level, total, unit)
                 acc, _ = warpgroup_mma_wait(0, deps=[acc_running, p])
                 mbarrier.arrive(values[2].index(before), count=1)
@@ -150,6 +160,10 @@ def _compute(
             mbarrier.wait(values[1].index(before), (n - 1) // stages & 1)
             acc = warpgroup_mma(p, values[0].index(before).reshape([BLOCK, WIDTH]), acc)
             mbarrier.arrive(values[2].index(before), count=1)
+        elif HEAD == "narrow":
+            y = _multiply_narrow(q, rows, head, narrow_keys, turn & 1, edges, WINDOWED)
+            level = gl.convert_layout(gl.max(y, 1), BY_ROW)
+            acc, total = _add_narrow(acc, total, y, level, narrow_values, turn & 1, unit, WEIGHTS, dtype)
 
         # A NaN in the row leaves its mark in `total` but not in `level`: such a row is not empty.
         empty = (level == float("-inf")) & (total == 0.0)
@@ -157,45 +171,52 @@ def _compute(
         share_of = gl.where(empty, 0.0 if EMPTY_IS_ZERO else float("nan"), 1.0 / total)
         q.store((acc * gl.expand_dims(gl.convert_layout(share_of, gl.SliceLayout(1, OUT)), 1)).to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [b, h, mine, 0], queries[0].index(half))
+        tma.async_copy_shared_to_global(o_desc, [b, h, mine, 0], queries[0].index(place))
         log_sum = gl.log2(total) * _LN2
         at = (b * heads + h).to(gl.int64) * n_rows + rows
         gl.store(lse_ptr + at, level * scale + log_sum, mask=rows < n_rows)
         gl.store(log_sum_ptr + at, log_sum, mask=rows < n_rows)
         tma.store_wait(pendings=0)
-        mbarrier.arrive(queries[2].index(half), count=1)
+        mbarrier.arrive(queries[2].index(place), count=1)
         turn += 1
 
 
 @gluon.jit
-def _visit_narrow(
-    acc, level, total, q, rows, head, narrow_keys, narrow_values, phase, edges, unit,
-    WEIGHTS: gl.constexpr, dtype: gl.constexpr, WINDOWED: gl.constexpr,
-):  # fmt: skip
-    """Takes the head's narrow tile, the first of a piece of work, into accumulator, largest logit and sum."""
+def _multiply_narrow(q, rows, head, narrow_keys, phase, edges, WINDOWED: gl.constexpr):
+    """The logits of the head's narrow tile."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    width: gl.constexpr = q.shape[1]
-    back: gl.constexpr = rows.type.layout
     mbarrier.wait(narrow_keys[1].index(0), phase)
-    k = narrow_keys[0].index(0).reshape([NARROW, width]).permute((1, 0))
-    x = warpgroup_mma(q, k, gl.zeros([ROWS, NARROW], gl.float32, LOGITS), use_acc=False)
+    k = narrow_keys[0].index(0).reshape([NARROW, q.shape[1]]).permute((1, 0))
+    y = warpgroup_mma(q, k, gl.zeros([ROWS, NARROW], gl.float32, LOGITS), use_acc=False)
     mbarrier.arrive(narrow_keys[2].index(0), count=1)
-    x = hide(x, gl.convert_layout(rows, BY_ROW), 0, head, edges, WINDOWED)
-    level, total = gl.convert_layout(level, BY_ROW), gl.convert_layout(total, BY_ROW)
-    weights, fade, level, total = _soften(x, level, total, unit)
+    return hide(y, gl.convert_layout(rows, gl.SliceLayout(1, LOGITS)), 0, head, edges, WINDOWED)
+
+
+@gluon.jit
+def _add_narrow(
+    acc, total, y, level, narrow_values, phase, unit, WEIGHTS: gl.constexpr, dtype: gl.constexpr
+):  # fmt: skip
+    """Takes the narrow tile's logits y into accumulator and sum, which begin with it; `level` is largest of more."""
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, y.type.layout)
+    weights = gl.exp2(y * unit - gl.expand_dims(gl.convert_layout(_base(level, unit), BY_ROW), 1))
     mbarrier.wait(narrow_values[1].index(0), phase)
-    v = narrow_values[0].index(0).reshape([NARROW, width])
+    v = narrow_values[0].index(0).reshape([NARROW, acc.shape[1]])
     acc = warpgroup_mma(gl.convert_layout(weights.to(dtype), WEIGHTS), v, acc)
     mbarrier.arrive(narrow_values[2].index(0), count=1)
-    return acc, gl.convert_layout(level, back), gl.convert_layout(total, back)
+    return acc, total + gl.convert_layout(gl.sum(weights, 1), total.type.layout)
 
 
 @gluon.jit
 def _soften(x, level, total, unit):
     """(weights, fade, level, total): the weights of the logits x, and what the sums so far are multiplied by."""
     highest = gl.maximum(level, gl.max(x, 1))
-    base = gl.where(highest == float("-inf"), 0.0, highest) * unit
+    base = _base(highest, unit)
     weights = gl.exp2(x * unit - gl.expand_dims(base, 1))
     fade = gl.exp2(level * unit - base)
     return weights, fade, highest, total * fade + gl.sum(weights, 1)
+
+
+@gluon.jit
+def _base(level, unit):
+    """What exponents are counted from; a number also where all is hidden."""
+    return gl.where(level == float("-inf"), 0.0, level) * unit

@@ -101,6 +101,27 @@ def hide(x, rows, column, limit, edges, WINDOWED: gl.constexpr):
 
 
 @gluon.jit
+def clip(x, rows, column, limit, edges, WINDOWED: gl.constexpr):
+    """`hide` where no key from `column` on belongs to the head: two comparisons with numbers of the row."""
+    n_rows, n_cols, upper, lower, sinks, prefix = edges
+    cols = gl.expand_dims(gl.arange(0, x.type.shape[1], gl.SliceLayout(0, x.type.layout)), 0)
+    seen = cols < gl.expand_dims(gl.minimum(rows + upper + 1, limit) - column, 1)
+    if WINDOWED:
+        seen = seen & (cols > gl.expand_dims(rows + lower - column, 1))
+    return gl.where(seen, x, float("-inf"))
+
+
+@gluon.jit
+def hide_in_tile(x, rows, column, limit, edges, WINDOWED: gl.constexpr, HEAD: gl.constexpr):
+    """`hide` for a tile of `tile_of_keys`."""
+    if HEAD == "tiles":
+        x = hide(x, rows, column, limit, edges, WINDOWED)
+    else:
+        x = clip(x, rows, column, limit, edges, WINDOWED)
+    return x
+
+
+@gluon.jit
 def produce_keys(
     k_desc, v_desc, narrow_k_desc, narrow_v_desc, keys, values, narrow_keys, narrow_values,
     b, kv_head, first, turn, n, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,

@@ -16,6 +16,7 @@ from attnopt.kernels.streaming.triton_hopper_parts import (
     ROWS,
     fetch,
     hide,
+    hide_in_tile,
     keys_of,
     make_ring,
     place_queries,
@@ -27,20 +28,27 @@ from attnopt.kernels.streaming.triton_hopper_parts import (
 @gluon.jit(do_not_specialize=NUMBERS)
 def queries_kernel(
     q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, dq_desc, delta_ptr, tail_ptr,
+    near_dk_ptr, near_dv_ptr,
     works, blocks, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, factor,
-    STAGES: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,
+    STAGES: gl.constexpr, SETS: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """dq. HEAD: "none", "narrow" (a tile of 16 columns) or "tiles"."""
+    """dq. HEAD: "none", "narrow" (a tile of 16 columns) or "tiles"; SETS as in the forward.
+
+    near_dk, near_dv (works, 2, head, .) fp32, with SUMS: what each 64 queries send to the keys of a narrow tile.
+    """
     dtype: gl.constexpr = q_desc.dtype
-    queries = make_ring(dtype, q_desc, 2, 1)
-    upstream = make_ring(dtype, do_desc, 2, 1)
+    queries = make_ring(dtype, q_desc, 2 * SETS, 1)
+    upstream = make_ring(dtype, do_desc, 2 * SETS, 1)
     keys = make_ring(dtype, k_desc, STAGES, 2)
     values = make_ring(dtype, v_desc, STAGES, 2)
     narrow_keys = make_ring(dtype, narrow_k_desc, 1, 2)
     narrow_values = make_ring(dtype, narrow_v_desc, 1, 2)
+    near: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+    notes = gl.allocate_shared_memory(dtype, [4, ROWS, NARROW], near)
     fence_async_shared()
     edges = (n_rows, n_cols, upper, lower, sinks, prefix)
     rings = (queries, upstream, keys, values, narrow_keys, narrow_values)
+    results = (dq_desc, notes, near_dk_ptr, near_dv_ptr)
     share = (works, blocks, heads, group)
     block: gl.constexpr = k_desc.block_shape[2]
     rows = (delta_ptr, tail_ptr)
@@ -49,8 +57,8 @@ def queries_kernel(
     second_half: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_compute, (first_half, dq_desc, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD)),
-            (_compute, (second_half, dq_desc, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD)),
+            (_compute, (first_half, results, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD, SUMS)),
+            (_compute, (second_half, results, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD, SUMS)),
             (_load, (descs, rings, share, edges, block, WINDOWED, HEAD)),
         ],
         [4, 4],
@@ -64,12 +72,14 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
     q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc = descs
     queries, upstream, keys, values, narrow_keys, narrow_values = rings
     works, blocks, heads, group = share
+    sets: gl.constexpr = queries[0].shape[0] // 2
     turn, n = 0, 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         b, h, first = place_queries(work, blocks, heads)
         for half in gl.static_range(2):
-            fetch(q_desc, b, h, first + half * ROWS, queries, half, turn & 1)
-            fetch(do_desc, b, h, first + half * ROWS, upstream, half, turn & 1)
+            place, phase = turn % sets * 2 + half, turn // sets & 1
+            fetch(q_desc, b, h, first + half * ROWS, queries, place, phase)
+            fetch(do_desc, b, h, first + half * ROWS, upstream, place, phase)
         n = produce_keys(
             k_desc, v_desc, narrow_k_desc, narrow_v_desc, keys, values, narrow_keys, narrow_values,
             b, h // group, first, turn, n, edges, BLOCK, WINDOWED, HEAD,
@@ -79,11 +89,13 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
 
 @gluon.jit
 def _compute(
-    half: gl.constexpr, dq_desc, pointers, rings, share, edges, unit, factor,
-    BLOCK: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,
+    half: gl.constexpr, results, pointers, rings, share, edges, unit, factor,
+    BLOCK: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """A computing warp group: one half of the queries of each piece of work."""
     delta_ptr, tail_ptr = pointers
+    dq_desc, notes, near_dk_ptr, near_dv_ptr = results
+    sums = (notes, near_dk_ptr, near_dv_ptr)
     queries, upstream, keys, values, narrow_keys, narrow_values = rings
     works, blocks, heads, group = share
     n_rows = edges[0]
@@ -94,8 +106,7 @@ def _compute(
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     stages: gl.constexpr = keys[0].shape[0]
-    q = queries[0].index(half).reshape([ROWS, WIDTH])
-    do = upstream[0].index(half).reshape([ROWS, WIDTH])
+    sets: gl.constexpr = queries[0].shape[0] // 2
     turn, n = 0, 0
     for work in range(gl.program_id(0), works, gl.num_programs(0)):
         b, h, first = place_queries(work, blocks, heads)
@@ -106,12 +117,15 @@ def _compute(
         delta = gl.load(delta_ptr + at, mask=rows < n_rows, other=0.0)
         tail = gl.load(tail_ptr + at, mask=rows < n_rows, other=float("inf"))
         dq = gl.zeros([ROWS, WIDTH], gl.float32, OUT)
-        mbarrier.wait(queries[1].index(half), turn & 1)
-        mbarrier.wait(upstream[1].index(half), turn & 1)
+        place = turn % sets * 2 + half
+        q = queries[0].index(place).reshape([ROWS, WIDTH])
+        do = upstream[0].index(place).reshape([ROWS, WIDTH])
+        mbarrier.wait(queries[1].index(place), turn // sets & 1)
+        mbarrier.wait(upstream[1].index(place), turn // sets & 1)
         if HEAD == "narrow":
             dq = _visit_narrow(
-                dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, turn & 1, edges, unit,
-                WEIGHTS, dtype, WINDOWED,
+                dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, turn & 1, sums, work * 2 + half, half,
+                edges, unit, WEIGHTS, dtype, WINDOWED, SUMS,
             )  # fmt: skip
         for t in range(0, count):
             column, limit, partial = tile_of_keys(t, mine, head, more, start, edges, BLOCK, WINDOWED)
@@ -125,7 +139,7 @@ def _compute(
             dp_running = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
             x = warpgroup_mma_wait(1, deps=[x_running])
             if partial:
-                x = hide(x, rows, column, limit, edges, WINDOWED)
+                x = hide_in_tile(x, rows, column, limit, edges, WINDOWED, HEAD)
             weights = gl.exp2(x * unit - gl.expand_dims(tail, 1))
             dp = warpgroup_mma_wait(0, deps=[dp_running])
             mbarrier.arrive(values[2].index(stage), count=1)
@@ -135,33 +149,59 @@ def _compute(
         n += count
         q.store((dq * factor).to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [b, h, mine, 0], queries[0].index(half))
+        tma.async_copy_shared_to_global(dq_desc, [b, h, mine, 0], queries[0].index(place))
         tma.store_wait(pendings=0)
-        mbarrier.arrive(upstream[2].index(half), count=1)
-        mbarrier.arrive(queries[2].index(half), count=1)
+        mbarrier.arrive(upstream[2].index(place), count=1)
+        mbarrier.arrive(queries[2].index(place), count=1)
         turn += 1
 
 
 @gluon.jit
 def _visit_narrow(
-    dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, phase, edges, unit,
-    WEIGHTS: gl.constexpr, dtype: gl.constexpr, WINDOWED: gl.constexpr,
+    dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, phase, sums, piece, half: gl.constexpr,
+    edges, unit, WEIGHTS: gl.constexpr, dtype: gl.constexpr, WINDOWED: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys of the head's narrow tile send."""
+    """Adds what the keys of the head's narrow tile send, and stores what they get from these queries."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     width: gl.constexpr = q.shape[1]
     k = narrow_keys[0].index(0).reshape([NARROW, width])
     v = narrow_values[0].index(0).reshape([NARROW, width])
     none = gl.zeros([ROWS, NARROW], gl.float32, LOGITS)
-    mbarrier.wait(narrow_values[1].index(0), phase)
-    dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False)
-    mbarrier.arrive(narrow_values[2].index(0), count=1)
     mbarrier.wait(narrow_keys[1].index(0), phase)
-    x = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False)
+    x_running = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(narrow_values[1].index(0), phase)
+    dp_running = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
+    x, dp = warpgroup_mma_wait(0, deps=[x_running, dp_running])
+    mbarrier.arrive(narrow_values[2].index(0), count=1)
     x = hide(x, gl.convert_layout(rows, BY_ROW), 0, head, edges, WINDOWED)
     weights = gl.exp2(x * unit - gl.expand_dims(gl.convert_layout(tail, BY_ROW), 1))
     ds = (weights * (dp - gl.expand_dims(gl.convert_layout(delta, BY_ROW), 1))).to(dtype)
+    if SUMS:
+        _sum_near(q, do, weights.to(dtype), ds, sums, piece, half, edges)
     dq = warpgroup_mma(gl.convert_layout(ds, WEIGHTS), k, dq)
     mbarrier.arrive(narrow_keys[2].index(0), count=1)
     return dq
+
+
+@gluon.jit
+def _sum_near(q, do, weights, ds, sums, piece, half: gl.constexpr, edges):
+    """Stores what 64 queries send to the keys of the narrow tile, as dO^T weights and Q^T ds."""
+    notes, near_dk_ptr, near_dv_ptr = sums
+    width: gl.constexpr = q.shape[1]
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW, 16])
+    notes.index(2 * half).store(weights)
+    notes.index(2 * half + 1).store(ds)
+    fence_async_shared()
+    none = gl.zeros([width, NARROW], gl.float32, OUT)
+    dv_running = warpgroup_mma(do.permute((1, 0)), notes.index(2 * half), none, use_acc=False, is_async=True)
+    dk_running = warpgroup_mma(
+        q.permute((1, 0)), notes.index(2 * half + 1), none, use_acc=False, is_async=True
+    )
+    dv, dk = warpgroup_mma_wait(0, deps=[dv_running, dk_running])
+    columns = gl.maximum(edges[4], edges[5])
+    cols = gl.expand_dims(gl.arange(0, NARROW, gl.SliceLayout(0, OUT)), 0)
+    at = cols * width + gl.expand_dims(gl.arange(0, width, gl.SliceLayout(1, OUT)), 1)
+    begin = piece.to(gl.int64) * columns * width
+    gl.store(near_dv_ptr + begin + at, dv, mask=(cols < columns) & (at >= 0))
+    gl.store(near_dk_ptr + begin + at, dk, mask=(cols < columns) & (at >= 0))

@@ -1,5 +1,6 @@
 """The decoding kernel of the ring: interpreted on the CPU, compiled where a GPU is. Same laws, other sizes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from torch import Tensor
 
+from attnopt.caches import Rotary, StreamingCache
 from attnopt.kernels.streaming.ring import Span, Step, decode_in_torch
-from attnopt.kernels.streaming.triton_decode import Tiles, choose_tiles, launch
+from attnopt.kernels.streaming.triton_decode import PROCESSORS, Tiles, _sizes_of_join, choose_tiles, launch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -50,8 +52,15 @@ def to(step: Step, *, dtype: torch.dtype | None = None, device: str | None = Non
     return replace(step, **tensors, slopes=slopes, newest=step.newest.to(device))
 
 
+def tickets_of(step: Step) -> Tensor:
+    return torch.zeros(step.keys.shape[0] * step.keys.shape[1], dtype=torch.int32, device=DEVICE)
+
+
 def run(step: Step, tiles: Tiles | None = SMALL) -> Tensor:
-    return launch(to(step, device=DEVICE), tiles).cpu()
+    tickets = tickets_of(step)
+    out = launch(to(replace(step, tickets=tickets), device=DEVICE), tiles).cpu()
+    assert not tickets.any()
+    return out
 
 
 def eager(step: Step) -> Tensor:
@@ -109,10 +118,36 @@ def test_any_sizes_and_lengths(
     check(a_step(Span(sinks, window, spare), newest, heads=heads[0], kv_heads=heads[1], d=d, dv=dv))
 
 
-@pytest.mark.parametrize("tiles", [Tiles(16, 64, stages=1), Tiles(32, 32, stages=1), None], ids=str)
+@pytest.mark.parametrize("tiles", [Tiles(16, 64, stages=1), Tiles(64, 64, stages=1), None], ids=str)
 def test_any_parts_give_the_same(tiles: Tiles | None) -> None:
     step = a_step(Span(4, 60, 2), [3, 30, 90], alibi=True)
     assert torch.allclose(run(step, tiles), run(step), atol=1e-6)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_launch_of_its_own_joins_to_the_same_bits(sinks: int) -> None:
+    step = a_step(Span(sinks, 60, 2), [3, 30, 90])
+    assert torch.equal(launch(to(step, device=DEVICE), SMALL).cpu(), run(step))
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_parts_of_many_heads_are_joined_in_pieces(sinks: int) -> None:
+    """More parts than one piece of a join takes, and more heads than rows of the smallest product."""
+    step = a_step(Span(sinks, 300), [310, 40], heads=36, kv_heads=2, d=16, dv=40, alibi=True)
+    assert _sizes_of_join(18, 40, 19)["PARTS_PAD"] < 19
+    check(step)
+
+
+def test_one_query_may_serve_both() -> None:
+    step = a_step(Span(5, 40), [60, 3], alibi=True)
+    check(replace(step, far=step.near))
+
+
+def test_tokens_are_counted_where_there_is_a_query() -> None:
+    step = to(a_step(Span(2, 20), [30, -1, 0]), device=DEVICE)
+    for seen in (torch.tensor([30, 8, 0], device=DEVICE), torch.tensor([30, 8, 0], device=DEVICE)):
+        launch(replace(step, seen=seen), SMALL)
+        assert seen.tolist() == [31, 8, 1]
 
 
 @pytest.mark.parametrize("newest", [2**24 + 1, 2**31 + 5, 2**45])
@@ -141,8 +176,8 @@ def test_layout_changes_nothing() -> None:
 def test_it_gives_the_same_bits_each_time_and_writes_to_no_input() -> None:
     step = to(a_step(Span(4, 60), [100, 20]), device=DEVICE)
     before = [getattr(step, name).clone() for name in TENSORS]
-    first = launch(step, SMALL)
-    assert all(torch.equal(launch(step, SMALL), first) for _ in range(50 if ON_GPU else 1))
+    first, step = launch(step, SMALL), replace(step, tickets=tickets_of(step))
+    assert all(torch.equal(launch(step, SMALL), first) for _ in range(200 if ON_GPU else 1))
     assert all(
         torch.equal(x.nan_to_num(), getattr(step, name).nan_to_num())
         for x, name in zip(before, TENSORS, strict=True)
@@ -150,18 +185,55 @@ def test_it_gives_the_same_bits_each_time_and_writes_to_no_input() -> None:
 
 
 def test_parts_fill_the_gpu_and_are_no_longer_than_the_ring() -> None:
-    for b, window in ((1, 1020), (8, 1020), (64, 1020), (1, 100_000), (1, 3)):
+    for b, window in ((1, 1020), (8, 1020), (37, 1020), (64, 1020), (1, 100_000), (1, 3)):
         step = a_step(Span(4, window), [5] * b, heads=8, kv_heads=8, d=16)
         tiles = choose_tiles(step)
+        programs, most = 8 * b * -(-step.span.slots // tiles.part), -(-step.span.slots // tiles.block)
         assert tiles.part % tiles.block == 0
-        assert tiles.part >= 2 * tiles.block
-        assert tiles.part <= max(2 * tiles.block, window + tiles.block)
+        assert tiles.part < window + 4 + tiles.block
+        rounds = -(-programs // PROCESSORS)
+        assert programs >= min(0.8 * rounds * PROCESSORS, 8 * b * most)
+
+
+@pytest.mark.gpu
+def test_a_captured_stream_is_the_plain_one() -> None:
+    """Launches that are set up early still read what the launches before them wrote."""
+    rotary, out = Rotary.of(64, 10_000.0), []
+    tokens = [tuple(torch.randn(8, h, 1, 64, device=DEVICE) for h in (8, 2, 2)) for _ in range(30)]
+    for graphed in (False, True):
+        cache, given = StreamingCache(sinks=4, window=300, rotary=rotary), [x.clone() for x in tokens[0]]
+
+        def step(cache: StreamingCache = cache, given: list[Tensor] = given) -> Tensor:
+            x = given
+            for layer in range(4):
+                x = [cache.attend(*x, layer=layer), *x[1:]]
+            return x[0]
+
+        step()
+        cache.reset()
+        run_once = replayed(step) if graphed else step
+        cache.reset()
+        out.append([_with(run_once, given, token).clone() for token in tokens])
+    assert all(torch.equal(a, b) for a, b in zip(*out, strict=True))
+
+
+def replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        filled = step()
+    return lambda: (graph.replay(), filled)[1]
+
+
+def _with(step: Callable[[], Tensor], given: list[Tensor], token: tuple[Tensor, ...]) -> Tensor:
+    for here, x in zip(given, token, strict=True):
+        here.copy_(x)
+    return step()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("d", [64, 80, 128, 256])
-@pytest.mark.parametrize("heads", [(32, 8), (8, 8), (9, 3)])
+@pytest.mark.parametrize("heads", [(32, 8), (8, 8), (9, 3), (64, 2)])
 def test_real_sizes_are_as_good_as_eager(heads: tuple[int, int], d: int, dtype: torch.dtype) -> None:
     newest = [3, 700, 5000, 2**24 + 3]
     check(a_step(Span(4, 1020), newest, heads=heads[0], kv_heads=heads[1], d=d, dv=d, dtype=dtype), None)

@@ -61,7 +61,8 @@ def check(entry: Entry, rotary: Rotary | None) -> None:
     """near, far, the key in its slot and everything beside it, against torch in fp64."""
     keep = torch.ones_like(entry.seen).bool() if entry.keep is None else entry.keep
     mine = on(entry, DEVICE)
-    near, far, newest = (x.cpu() for x in launch(mine))
+    near, far, newest, tickets = (x.cpu() for x in launch(mine))
+    assert torch.equal(tickets, torch.zeros_like(tickets))
     assert torch.equal(newest, torch.where(keep, entry.seen, -1))
     wide, plain = (placed(entry, rotary, dtype) for dtype in (torch.float64, entry.q.dtype))
     assert_same(near, wide[0], plain[0], what="near")

@@ -1,4 +1,7 @@
-"""The Hopper kernels of streaming attention: on such a GPU the laws of the others; anywhere, that they compile well."""
+"""The Hopper kernels of streaming attention: on such a GPU the laws of the others; anywhere, that they compile well.
+
+Their logic is run on a CPU in test_streaming_hopper_numpy.py.
+"""
 
 import os
 import re
@@ -42,6 +45,12 @@ def backward(c: Call, do: torch.Tensor) -> Gradients:
     return triton_backward.launch(c.problem, forward(c), do, None)
 
 
+@pytest.fixture(params=[False, True], ids=["triton", "hopper"])
+def keys_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(triton_hopper, "serves_keys", lambda _problem: False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_tracer_shows_the_mask_bit_for_bit(structure: Structure) -> None:
@@ -60,6 +69,7 @@ def test_tracer_shows_the_mask_bit_for_bit(structure: Structure) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("keys_by")
 @pytest.mark.parametrize(("d", "dtype"), HALVES)
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_rows_and_gradients_are_as_good_as_eager(structure: Structure, d: int, dtype: torch.dtype) -> None:
@@ -76,6 +86,7 @@ def test_rows_and_gradients_are_as_good_as_eager(structure: Structure, d: int, d
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("keys_by")
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 127, 128, 129, 191, 256, 257, 1000, 3001])
 def test_any_length_is_the_other_kernels_answer(rows: int) -> None:
     c = call(sq=rows, sk=rows, d=64, dv=64, scale=0.1, structure=STREAM).to(torch.bfloat16).to("cuda")
@@ -97,6 +108,7 @@ def test_empty_rows_return_what_they_mean(meaning: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("keys_by")
 def test_it_gives_the_same_bits_each_time() -> None:
     c = (
         call(kv_heads=2, group=2, sq=700, sk=700, d=128, dv=128, structure=STREAM)
@@ -140,21 +152,24 @@ def test_what_they_do_not_state_goes_elsewhere() -> None:
 
 
 PROGRAM = """
-import sys
+import re
 from triton import compile as build
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
-from attnopt.kernels.streaming import triton_hopper_forward, triton_hopper_queries
+from attnopt.kernels.streaming import triton_hopper_forward, triton_hopper_keys, triton_hopper_queries
 
 ROWS = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-CONSTANTS = {"STAGES": 2, "WINDOWED": True, "HEAD": "narrow", "EMPTY_IS_ZERO": False}
+NUMBERS = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+CONSTANTS = {"STAGES": 2, "SETS": 2, "WINDOWED": True, "HEAD": "narrow", "EMPTY_IS_ZERO": False, "SUMS": True}
 
 def source(kernel, loaded):
     signature, constants = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in CONSTANTS:
             signature[name], constants[place,] = "constexpr", CONSTANTS[name]
+        elif name in ("tail_desc", "delta_desc"):
+            signature[name] = f"tensordesc<fp32[1, 64],{NUMBERS!r}>"
         elif name.endswith("_desc"):
             rows = 16 if name.startswith("narrow") else loaded if name in ("k_desc", "v_desc") else 64
             signature[name] = f"tensordesc<bf16[1, 1, {rows}, 128],{ROWS!r}>"
@@ -166,10 +181,12 @@ def source(kernel, loaded):
 for kernel, loaded in (
     (triton_hopper_forward.attend_kernel, 128),
     (triton_hopper_queries.queries_kernel, 64),
+    (triton_hopper_keys.keys_kernel, 64),
 ):
     built = build(source(kernel, loaded), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    waits = built.asm["ptx"].count("wgmma.mma_async")
-    print(built.metadata.shared, waits, built.asm["ptx"].count("cp.async.bulk.tensor"))
+    products, loads = (built.asm["ptx"].count(word) for word in ("wgmma.mma_async", "cp.async.bulk.tensor"))
+    counters = re.findall(r"scf.for %\\w+ = .* iter_args\\(%turn\\w* = [^,]+, %n", built.asm["ttgir"])
+    print(built.metadata.shared, products, loads, len(counters))
 """
 
 
@@ -179,9 +196,13 @@ def test_they_compile_for_hopper_into_tensor_cores_and_bulk_loads() -> None:
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, env=environment
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    found = [tuple(map(int, line.split())) for line in re.findall(r"^\d+ \d+ \d+$", ran.stdout, re.MULTILINE)]
-    assert len(found) == 2
-    for shared, products, loads in found:
+    found = [
+        tuple(map(int, line.split())) for line in re.findall(r"^\d+ \d+ \d+ \d+$", ran.stdout, re.MULTILINE)
+    ]
+    assert len(found) == 3
+    for shared, products, loads, counters in found:
         assert shared <= 227 * 1024
         assert products > 0
         assert loads > 0
+        # One kernel like these lost the count of its tiles to Triton's "loop-aware CSE", and waited for good.
+        assert counters == 3
