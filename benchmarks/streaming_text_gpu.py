@@ -43,9 +43,7 @@ PARTS: dict[str, Callable[[Bench, float], Row]] = {"a": novels, "b": millions, "
 
 def bench_of(plan: Plan, folder: Path, device: torch.device, dtype: torch.dtype) -> Bench:
     """SmolLM2 and the novels."""
-    return Bench(
-        plan, load(folder, device, dtype), load(folder, device, torch.float32), Text(tokens(folder))
-    )
+    return Bench(plan, load(folder, device, dtype), load(folder, device, torch.float32), Text(tokens(folder)))
 
 
 def tiny_bench(length: int = 500) -> Bench:

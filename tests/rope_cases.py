@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from rope_spellings import Turn
+from rope_spellings import Turn, rates, rotate_half
 from torch import Tensor, nn
 
 SINKS, WINDOW, N = 3, 6, 29
@@ -38,3 +38,10 @@ def paper(turn: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Ten
         here, keys = turn(q[:, :, t : t + 1], places[-1:]), turn(k[:, :, kept], places)
         rows.append((here @ keys.mT * 0.4).softmax(-1) @ v[:, :, kept])
     return torch.cat(rows, 2)
+
+
+def turned_in_rows(x: Tensor, t: Tensor) -> Tensor:
+    """x (B, H, N, 8) turned at positions t (B or 1, N)."""
+    angle = t[..., None].to(x.dtype) * rates(x)
+    angle = torch.cat((angle, angle), -1)[:, None]
+    return x * angle.cos() + rotate_half(x) * angle.sin()
