@@ -94,15 +94,11 @@ def token_of(request: Request) -> Token:
 
 
 def versions(request: Request) -> dict[str, Tiles]:
-    """The ways to make a step that are compared: what the second version did, and what came after it."""
-    usual = choose_tiles(request)
-    second = replace(usual, narrow=0, bounded=False, early=False)
-    found = {"second": second, "narrow": replace(second, narrow=usual.narrow)}
+    """The ways to make a step that are compared: logits written, or only bounds of them; launches apart, or early."""
+    found = {"stored": replace(choose_tiles(request), bounded=False, early=False)}
     if request.group > 1 and not request.mean_value:
-        found["bounded"] = replace(found["narrow"], bounded=True)
-    return found | {
-        f"{name}, early": replace(tiles, early=True) for name, tiles in found.items() if tiles.narrow
-    }
+        found["bounded"] = replace(found["stored"], bounded=True)
+    return found | {f"{name}, early": replace(tiles, early=True) for name, tiles in found.items()}
 
 
 def check(shape: Shape, dtype: torch.dtype) -> Row:

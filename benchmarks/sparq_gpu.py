@@ -123,10 +123,10 @@ def compared(shape: Shape) -> Row:
 
 
 def phases(shape: Shape) -> Row:
-    """Milliseconds of each launch of one step, of the choice in the second version, and of torch.topk in its place."""
+    """Milliseconds of each launch of one step, and of torch.topk in the place of the choice."""
     request = request_of(shape, torch.bfloat16)
     tiles, token = choose_tiles(request), token_of(request)
-    stored, second = replace(tiles, bounded=False), versions(request)["second"]
+    stored = replace(tiles, bounded=False)
     channels = choose_channels(request, token)
     scores, weights = score_positions(request, channels, stored)
     choice = choose(request, weights, stored)
@@ -139,7 +139,6 @@ def phases(shape: Shape) -> Row:
         "bounded_weights": math.nan,
         "open_runs": math.nan,
         "choose": graphed(lambda: choose(request, weights, stored).positions),
-        "choose_second": graphed(lambda: choose(request, weights, second).positions),
         "torch_topk": graphed(lambda: sort_positions(request, weights).positions),
         "attend": graphed(lambda: attend(request, choice, scores, tiles)),
     }

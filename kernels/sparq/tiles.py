@@ -31,9 +31,9 @@ class Tiles:
     logits go to the tensor cores; one head alone can do without (2), or not (1).
     weight_block: positions in a program of the weights kernel. run: neighbours of which the largest weight is kept.
     chosen_block, chosen_split: chosen positions in a tile, and in a program, of the attention kernel.
-    narrow: the most positions at or above the bar of the runs that are searched by themselves; 0: all of the best runs
-    are. bounded: heads that share keys write no logits, only bounds of each run; bound_split, open_split: positions in
-    a program that writes bounds, and in one that weighs what they leave open. early: launches may overlap.
+    narrow: the most positions at or above the bar of the runs that are searched by themselves, or else all of the best
+    runs are. bounded: heads that share keys write no logits, only bounds of each run; bound_split, open_split:
+    positions in a program that writes bounds, and in one that weighs what they leave open. early: launches may overlap.
     """
 
     block: int = BLOCK
@@ -45,7 +45,7 @@ class Tiles:
     chosen_block: int = 32
     chosen_split: int = 256
     dot_heads: int = 2
-    narrow: int = 0
+    narrow: int = 256
     bounded: bool = False
     bound_split: int = 4096
     open_split: int = 2048

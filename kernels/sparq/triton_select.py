@@ -125,51 +125,6 @@ def store_best(best_ptr, rank, pid, runs, start, BLOCK: tl.constexpr, RUN: tl.co
 
 
 @triton.jit
-def _smallest(rank, count):
-    """The `count`-th largest of uint32, or 0 where fewer of them are above 0; four bits a step."""
-    found = tl.zeros((1,), tl.uint32)
-    for step in range(8):
-        shift = 28 - 4 * step
-        # How far above what is found, in units of this step: beyond 15 it was counted in the last one.
-        digit = tl.minimum((rank - found) >> shift, 15)
-        digit = tl.where(rank >= found, digit, 0).to(tl.int32)
-        a, b, c, d, e = tl.reduce(
-            (_counted(digit, 1), _counted(digit, 4), _counted(digit, 7), _counted(digit, 10), _counted(digit, 13)),
-            axis=0, combine_fn=_added,
-        )  # fmt: skip
-        enough = (
-            _enough(a, count) + _enough(b, count) + _enough(c, count) + _enough(d, count) + _enough(e, count)
-        )
-        found += enough.to(tl.uint32) << shift
-    return found
-
-
-@triton.jit
-def _counted(digit, least):
-    """Whether a digit is at least `least`, that + 1, that + 2: three counts of 21 bits in one sum."""
-    return (
-        (digit >= least).to(tl.int64)
-        + ((digit >= least + 1).to(tl.int64) << 21)
-        + ((digit >= least + 2).to(tl.int64) << 42)
-    )
-
-
-@triton.jit
-def _added(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
-
-
-@triton.jit
-def _enough(counts, count):
-    """How many of three counts reach `count`."""
-    return (
-        ((counts & 0x1FFFFF) >= count).to(tl.int32)
-        + (((counts >> 21) & 0x1FFFFF) >= count).to(tl.int32)
-        + ((counts >> 42) >= count).to(tl.int32)
-    )
-
-
-@triton.jit
 def bar_of(rank, count, enough, base):
     """The highest bar from `base` that `count` uint32 reach, or a lower one that at most `enough` reach.
 
@@ -242,7 +197,7 @@ def _select(
     run = tl.arange(0, RUNS_PAD)
     counts = (run < runs) & (run * RUN < last) & ((run + 1) * RUN > first)
     rank = _unsigned(tl.load(best_ptr + offset(pid, runs) + run, mask=counts, other=NEVER))
-    least = _smallest(rank, topk) if NARROW == 0 else bar_of(rank, topk, topk, 0)
+    least = bar_of(rank, topk, topk, 0)
     is_best, place, found = best_of(rank, least, topk)
     tl.store(runs_ptr + out + place, run, mask=is_best)
     tl.store(runs_ptr + out + slot, -1, mask=(slot >= found) & (slot < topk))
@@ -256,24 +211,21 @@ def _select(
     rank = _unsigned(rank_of(weight, pos >= first_local(local_ptr, b, last, local)))
     # More runs than topk hold more positions than topk; else every position that is there is in these runs.
     tl.store(there_ptr + pid, tl.maximum(more, tl.sum((rank > 0).to(tl.int32), axis=0)))
-    if NARROW == 0:
-        _store_best(positions_ptr + out, rank, pos, _smallest(rank, topk), topk, K_PAD)
+    # So many runs have a position at the bar of the runs that no other position can be chosen; few have two.
+    is_likely = rank >= tl.maximum(least, 1)
+    likely = tl.sum(is_likely.to(tl.int32), axis=0)
+    if likely <= NARROW:
+        few, few_ptr = tl.arange(0, NARROW), narrow_ptr + offset(pid, 2 * NARROW)
+        into = few_ptr + tl.cumsum(is_likely.to(tl.int32), axis=0) - 1
+        tl.store(into, rank.to(tl.int32, bitcast=True), mask=is_likely)
+        tl.store(into + NARROW, pos, mask=is_likely)
+        tl.debug_barrier()
+        few_ranks = tl.load(few_ptr + few, mask=few < likely, other=0).to(tl.uint32, bitcast=True)
+        few_pos = tl.load(few_ptr + NARROW + few, mask=few < likely, other=-1)
+        bar = bar_of(few_ranks, topk, topk, least)
+        _store_best(positions_ptr + out, few_ranks, few_pos, bar, topk, K_PAD)
     else:
-        # So many runs have a position at the bar of the runs that no other position can be chosen; few have two.
-        is_likely = rank >= tl.maximum(least, 1)
-        likely = tl.sum(is_likely.to(tl.int32), axis=0)
-        if likely <= NARROW:
-            few, few_ptr = tl.arange(0, NARROW), narrow_ptr + offset(pid, 2 * NARROW)
-            into = few_ptr + tl.cumsum(is_likely.to(tl.int32), axis=0) - 1
-            tl.store(into, rank.to(tl.int32, bitcast=True), mask=is_likely)
-            tl.store(into + NARROW, pos, mask=is_likely)
-            tl.debug_barrier()
-            few_ranks = tl.load(few_ptr + few, mask=few < likely, other=0).to(tl.uint32, bitcast=True)
-            few_pos = tl.load(few_ptr + NARROW + few, mask=few < likely, other=-1)
-            bar = bar_of(few_ranks, topk, topk, least)
-            _store_best(positions_ptr + out, few_ranks, few_pos, bar, topk, K_PAD)
-        else:
-            _store_best(positions_ptr + out, rank, pos, bar_of(rank, topk, topk, least), topk, K_PAD)
+        _store_best(positions_ptr + out, rank, pos, bar_of(rank, topk, topk, least), topk, K_PAD)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from attnopt.kernels.sparq.triton_select import Weights, choose_positions, sort_
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST, MOST = -(2**31), 2**31 - 1
 #: No second list of positions, one that is often too short, and one that holds all.
-NARROW = (0, 16, 256)
+NARROW = (16, 256)
 
 
 def request_for(weight: Tensor, topk: int, local: int) -> Request:
