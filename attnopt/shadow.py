@@ -95,6 +95,9 @@ def trace(module: GraphModule, expansions: Expansions | None = None, around: Aro
         )
     with fake_mode(inputs):
         vmapped = regions_of(module, around.regions)
+    for node in module.graph.nodes:
+        if not node.meta:  # PyTorch notes where a traced node came from only if that had metadata
+            node.meta["from_node"] = []
     recorder = _Recorder(module, expansions or {}, around, vmapped)
     with fake_mode(inputs), fx_traceback.preserve_node_meta():
         shadow = make_fx(recorder.record, pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)

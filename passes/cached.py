@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from attnopt.passes import emit
-from attnopt.passes.mask_writes import arguments, sharing, written_by
+from attnopt.passes.mask_writes import arguments, sharing, targets
 from attnopt.passes.site import Operand, Roles
 from attnopt.rule import Site
 
@@ -90,7 +90,7 @@ def _append_of(site: Site, k: Node, v: Node) -> Node | None:
 def writers(buffer: Node) -> Iterator[Node]:
     """What writes to the memory of `buffer`; tensors that one call writes to count as shared."""
     for alias in sharing(buffer):
-        yield from (user for user in alias.users if written_by(user) is alias)
+        yield from (user for user in alias.users if alias in targets(user))
 
 
 def _is_append(node: Node) -> bool:

@@ -42,6 +42,7 @@ from attnopt.passes.reroll import Candidate, candidates, regions
 from attnopt.passes.reroll_cut import Region
 from attnopt.passes.reroll_facts import CORNERED, MADE, is_view
 from attnopt.passes.reroll_sizes import name_of
+from attnopt.passes.reroll_writes import check_writes
 from attnopt.passes.sizes import hint, shape_of
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
@@ -141,6 +142,7 @@ def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
     found = known[key]
     if isinstance(found, Reject):
         raise Reject(found.reason, region.leaks[0] if region.leaks else region.root, found.depth)
+    check_writes(region, (node for t in tables for node in (t.node, t.base)), SURE + 2)
     _, theirs = normal_form(found.region, found.tables)
     return build(moved(found, region, tables, dict(zip(theirs, order, strict=True))))
 

@@ -11,9 +11,13 @@ from torch.fx import Node
 
 from attnopt.passes.mask_bounds import integer_of
 from attnopt.passes.sizes import shape_of
+from attnopt.shadow import written
 
 #: Operations that end in an underscore or are marked as writing, yet change no element.
 HARMLESS = frozenset({"aten::detach_", "aten::requires_grad_"})
+
+#: The launch of a Triton kernel that the program itself holds: which of its tensors it writes to, its source says.
+LAUNCH = "triton_kernel_wrapper_mutation"
 
 #: Operations whose in-place form changes the dimensions and no element.
 RESHAPED_IN_PLACE = frozenset(
@@ -45,22 +49,21 @@ def arguments(node: Node) -> Mapping[str, Any]:
 
 
 def written_by(node: Node) -> Node | None:
-    """The tensor that a node writes to; None for most nodes."""
-    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return None
+    """The tensor that a node writes to, the first of several; None for most nodes."""
+    return next(iter(targets(node)), None)
+
+
+def targets(node: Node) -> list[Node]:
+    """All tensors that a node writes to, those of lists included; of a Triton kernel, all that it is given."""
+    if not isinstance(node.target, OpOverload):
+        return node.all_input_nodes if getattr(node.target, "__name__", "") == LAUNCH else []
     schema = node.target._schema
-    if schema.name in HARMLESS:
-        return None
-    held = arguments(node)
-    writes = (
-        held.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    )
-    return next((w for w in writes if isinstance(w, Node)), None)
+    return written(node) if schema.is_mutable and schema.name not in HARMLESS else []
 
 
 def writes_after(node: Node, end: Node | None) -> list[Node]:
     """Writes to the memory of `node` after it was made and before `end` reads it, in order; None: until the end."""
-    found = {user for alias in sharing(node) for user in alias.users if written_by(user) is alias}
+    found = {user for alias in sharing(node) for user in alias.users if alias in targets(user)}
     return sorted(w for w in found if node < w and (end is None or w < end))
 
 
@@ -125,6 +128,8 @@ class Place:
 
 def covered(write: Node, base: Node) -> tuple[Place, ...] | None:
     """The part of `base` that `write` writes, one place a dimension; None where it is no plain block of `base`."""
+    if not isinstance(write.meta.get("val"), Tensor):
+        return None  # it writes to several tensors, or says nothing of what it writes
     steps: list[Node] = []
     node: Node | None = written_by(write)
     while node is not None and node is not base:

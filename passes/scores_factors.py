@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.passes.layout import CASTS, Space, broadcast_up, input_node
+from attnopt.passes.linear_finite import check_finite
 from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.sizes import shape_of
@@ -27,6 +28,7 @@ def on_operands(space: Space, roles: Roles, factors: Sequence[Term]) -> tuple[Ti
         for part in _parts(space, roles, factor):
             operand = Operand(part.node, space.resolve(part.dims), part.factor, inverse=part.inverse)
             (keys if _along(space, part) & set(roles.key) else queries).append(operand)
+    check_finite((*queries, *keys), "scores")
     return tuple(queries), tuple(keys)
 
 

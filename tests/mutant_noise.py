@@ -71,6 +71,8 @@ class Shaken(TorchDispatchMode):
             with self:
                 return decomposition_table[func](*args, **named)
         value = func(*args, **named)
+        if name == "to" and value is not args[0]:
+            return self._shaken(value, func, args[:1], named)
         if name in _EXACT or _aliases(func) or not any(isinstance(x, Tensor) for x in _flat(args)):
             return value
         if isinstance(value, Tensor):
@@ -162,6 +164,7 @@ LOST: dict[str, Callable[..., Tensor]] = {
     "mul": _lost_in_product,
     "div": _lost_in_quotient,
     "_to_copy": lambda value, source: source - value,
+    "to": lambda value, source: source - value,  # what the parts of an operation are cast with
 }
 
 

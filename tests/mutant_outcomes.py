@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,17 @@ def apart(graph: GraphModule) -> GraphModule:
     return copy.deepcopy(graph) if any(n.op == "get_attr" for n in graph.graph.nodes) else graph
 
 
+@contextmanager
+def sealed() -> Iterator[None]:
+    """Autocast that a graph switches on, and does not switch off (it is a mutant, or raised an error), ends here.
+
+    Whatever the process runs later would be computed in half precision, unasked.
+    """
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
+@sealed()
 def run(graph: Any, inputs: Sequence[Any], *, training: bool) -> Outcome:
     """One call on copies of the inputs; when training, a backward pass through all that is floating point."""
     torch.manual_seed(0)

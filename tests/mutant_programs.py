@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from compiling import widened
+from mutant_outcomes import sealed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
@@ -82,6 +83,15 @@ def resized(name: str) -> tuple[Any, ...]:
     return tuple(draw(x) for x in inputs_of(name))
 
 
+def fits(graph: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the inputs have the sizes that tracing has fixed, such as the length that a loop runs over."""
+    held = (node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder")
+    pairs = ((a, b) for a, b in zip(held, inputs, strict=True) if isinstance(a, Tensor))
+    sizes = ((size, n) for a, b in pairs for size, n in zip(a.shape, b.shape, strict=True))
+    known = ((size.node.expr if isinstance(size, torch.SymInt) else size, n) for size, n in sizes)
+    return all(expr == n or getattr(expr, "free_symbols", None) for expr, n in known)
+
+
 @cache
 def _held(name: str, free: bool) -> list[GraphModule]:
     """The place of a graph that has been traced; empty before."""
@@ -107,6 +117,7 @@ def _traced(name: str, *, free: bool) -> GraphModule:
     return traced(program.attend, inputs_of(name), program.fixed if free else None)
 
 
+@sealed()
 def traced(
     attend: Callable[..., Any], inputs: Sequence[Any], fixed: Container[int] | None = None
 ) -> GraphModule:

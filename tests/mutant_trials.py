@@ -11,8 +11,19 @@ from typing import Any
 
 import mutants_more  # noqa: F401 - more operators
 import torch
-from mutant_outcomes import EXACT, NO_PROGRAM, Outcome, apart, compare, difference, noise_of, precision, run
-from mutant_programs import forget, graph_of, guards_of, inputs_of, programs, resized, traced
+from mutant_outcomes import (
+    EXACT,
+    NO_PROGRAM,
+    Outcome,
+    apart,
+    compare,
+    difference,
+    noise_of,
+    precision,
+    run,
+    sealed,
+)
+from mutant_programs import fits, forget, graph_of, guards_of, inputs_of, programs, resized, traced
 from mutants import OPERATORS, NoPlace, mutate
 from torch import Tensor
 from torch.fx import GraphModule
@@ -154,6 +165,7 @@ def judged(attend: Callable[..., Any], inputs: Sequence[Any], setting: Setting) 
     return found
 
 
+@sealed()
 def _made(graph: GraphModule, inputs: Sequence[Any], setting: Setting, inner: str) -> Any:
     with warnings.catch_warnings(), torch.set_grad_enabled(setting.training):
         warnings.simplefilter("ignore")
@@ -204,6 +216,8 @@ def _differing(made: Any, plain: GraphModule, inputs: Sequence[Any], wanted: Out
 
 def _at_other_sizes(made: Any, plain: GraphModule, found: Trial) -> str:
     inputs = resized(found.name)
+    if not fits(plain, inputs):
+        return ""
     try:
         wanted = run(apart(plain), inputs, training=found.setting.training)
     except NO_PROGRAM:

@@ -3,6 +3,7 @@
 `make deep` runs 60,000 of them (tests/hunt.py); here is a small share, always the same.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,7 +15,7 @@ import pytest
 import torch
 from mutant_noise import LOST, Shaken
 from mutant_outcomes import EXACT, Noise, compare, noise_of, run
-from mutant_programs import traced
+from mutant_programs import fits, graph_of, inputs_of, resized, traced
 from mutant_trials import trial
 from mutants import OPERATORS
 from torch import Tensor
@@ -144,6 +145,37 @@ def test_what_is_rounded_changes_alike_for_the_same_numbers(inexact: Callable[[T
     assert not torch.equal(found[0], inexact(HEADS[0]))
 
 
+def test_the_results_of_softmax_are_rounded_to_half_precision() -> None:
+    """Its gradients depend on it: they hold 1 less a weight that is nearly 1."""
+    scores = 3 * HEADS[0].bfloat16()
+    exact, found = scores.float().softmax(-1), set()
+    for seed in range(8):
+        with Shaken(seed):
+            weights = scores.softmax(-1)
+        assert bool(((weights - exact).abs() <= 2.0**-7 * exact).all())
+        found.add(str(weights.tolist()))
+    assert len(found) == 8
+
+
+def switching_autocast_on(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch.autocast("cpu", torch.bfloat16).__enter__()
+    return q @ k.mT @ v
+
+
+def failing_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return switching_autocast_on(q, k, v) @ v
+
+
+@pytest.mark.parametrize("attend", [switching_autocast_on, failing_under_autocast])
+def test_what_a_mutant_leaves_switched_on_ends_with_its_run(attend: Callable[..., Any]) -> None:
+    with contextlib.suppress(RuntimeError):
+        run(lambda *given: (attend(*given),), HEADS, training=False)
+    with contextlib.suppress(RuntimeError):
+        traced(attend, HEADS)
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_autocast_cache_enabled()
+
+
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"add": add, "sub": sub, "mul": mul, "div": truediv}
 
 
@@ -158,3 +190,12 @@ def test_what_a_rounding_takes_away_is_known(name: str, dtype: torch.dtype) -> N
     for x, y, z, found in zip(a.tolist(), b.tolist(), made.tolist(), lost.tolist(), strict=True):
         wanted = OPERATIONS[name](Fraction(x), Fraction(y)) - Fraction(z)
         assert found == pytest.approx(float(wanted), rel=1e-6, abs=1e-18 * abs(z))
+
+
+@pytest.mark.parametrize(
+    ("name", "fit"), [("loop_spellings.blocks", False), ("loop_spellings.running_sums", True)]
+)
+def test_other_sizes_are_tried_where_tracing_left_them_open(name: str, fit: bool) -> None:
+    graph = graph_of(name, free=True)
+    assert fits(graph, inputs_of(name))
+    assert fits(graph, resized(name)) == fit

@@ -168,6 +168,18 @@ def scores_times_a_negative_power_of_0(q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return (q @ k.mT * (torch.zeros(S, 1, dtype=q.dtype) ** (torch.arange(S)[:, None] - S + 1))) @ v
 
 
+@was_wrong(torch.rand(H, dtype=torch.float64), training=False)
+def scores_divided_by_a_rate_times_0(q: Tensor, k: Tensor, v: Tensor, rate: Tensor) -> Tensor:
+    at = torch.arange(S)[:, None]
+    return (q @ k.mT * (1.0 / (-rate[:, None, None] * (at - at)))) @ v
+
+
+@was_wrong(training=False, kernels=("sdpa",))
+def scores_divided_by_distances_from_the_last_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slope = 2.0 ** -torch.arange(1, H + 1)[:, None, None]
+    return (q @ k.mT / (slope * (torch.arange(S, dtype=q.dtype) - S + 1))).softmax(-1) @ v
+
+
 @was_wrong(torch.rand(H, dtype=torch.float64), torch.rand(B, H, S, dtype=torch.float64), training=False)
 def log_decays_cast_to_whole_numbers(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, steps: Tensor) -> Tensor:
     run = 9 * steps.cumsum(-1)

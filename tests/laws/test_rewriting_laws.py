@@ -6,15 +6,19 @@ import pytest
 import torch
 from compiling import Run, assert_runs_agree, widened
 from graphs import rewritten, site_of
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import Attention, Meaning, meanings, plainly, writings
+from mutant_noise import Shaken
+from strategies import Attention, Meaning, Writing, meanings, plainly, writings
 from torch import Tensor
 
 import attnopt
 from attnopt.mask import KeyPadding
 
 Inputs = tuple[Tensor, ...]
+
+#: How often eager runs again, with its roundings drawn anew.
+REDRAWN = 8
 
 
 def computed(attention: Attention, inputs: Inputs) -> Tensor:
@@ -31,6 +35,36 @@ def assert_equal(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
+def assert_as_good_as_eager(got: Tensor, attention: Attention, inputs: Inputs) -> None:
+    """By the row rule; eager's own roundings are redrawn only where the run at hand says that it is broken."""
+    eager, exact = attention(*inputs), attention(*widened(inputs))
+    try:
+        assert_runs_agree(Run((got,), ()), Run((exact,), ()), Run((eager,), ()))
+    except AssertionError:
+        worst = eager_at_its_worst(attention, inputs, exact)
+        assert_runs_agree(Run((got,), ()), Run((exact,), ()), Run((worst,), ()))
+
+
+def eager_at_its_worst(attention: Attention, inputs: Inputs, exact: Tensor) -> Tensor:
+    """Each row as the run of eager gives it that is farthest off, of one as it is and some with redrawn roundings.
+
+    Values cancel in a row of one channel; what is left may be right to the last bit, by luck, and is no yardstick.
+    """
+    runs = [attention(*inputs)]
+    for seed in range(REDRAWN):
+        with Shaken(seed):
+            runs.append(attention(*inputs))
+    found = torch.stack(runs)
+    error = (found.double() - exact).nan_to_num(0.0, 0.0, 0.0).norm(dim=-1, keepdim=True)
+    worst = found.gather(0, error.argmax(0, keepdim=True).expand(1, *exact.shape))[0]
+    return torch.empty_like(runs[0]).copy_(worst)  # laid out as eager does
+
+
+#: A row of 0.5s cancels down to 0.0025, and eager has it right to a thirtieth of their rounding.
+LUCKY = Meaning(kv_heads=1, share=2, sq=4, sk=7, d=1, dv=1, scale=0.3, padding=True)
+
+
+@example(meaning=LUCKY, writing=Writing(scale_on="q", mask_by="added"), dtype=torch.float32)
 @given(
     meaning=meanings,
     writing=writings(),
@@ -40,8 +74,14 @@ def test_any_writing_computes_what_eager_computes(
     meaning: Meaning, writing: object, dtype: torch.dtype
 ) -> None:
     attention, inputs = Attention(meaning, writing), meaning.inputs(dtype)
-    eager, exact = attention(*inputs), attention(*widened(inputs))
-    assert_runs_agree(Run((computed(attention, inputs),), ()), Run((exact,), ()), Run((eager,), ()))
+    assert_as_good_as_eager(computed(attention, inputs), attention, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_redrawn_roundings_excuse_no_other_scale(dtype: torch.dtype) -> None:
+    inputs, near = LUCKY.inputs(dtype), replace(LUCKY, scale=LUCKY.scale * 1.0001)
+    with pytest.raises(AssertionError, match="times the allowance"):
+        assert_as_good_as_eager(plainly(near)(*inputs), plainly(LUCKY), inputs)
 
 
 @given(meaning=meanings, writing=writings(), layout=st.sampled_from(["transposed", "sliced", "expanded"]))
