@@ -43,7 +43,7 @@ def forward(
         query, key, value = (_cut(x, block, q.shape[1]) for x in (q, k, v))
         deltas = _times(key, factors.until).mT @ value
         entering, state = _scan(deltas, factors.total, state, range(block.count))
-        o = ((query @ key.mT).mul_(factors.pairs)) @ value
+        o = _weighted(query, key, factors) @ value
         out[:, :, block.rows] = _add_product(o, _times(query, factors.since), entering).flatten(2, 3)
     return out, state
 
@@ -92,6 +92,11 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | Non
     return ((query * scale)[..., None, :] @ state)[..., 0, :].to(q.dtype)
 
 
+def _weighted(rows: Tensor, columns: Tensor, factors: Factors) -> Tensor:
+    """The products of all pairs in a chunk, decayed; 0 for later columns, be they infinite."""
+    return (rows @ columns.mT).tril_().mul_(factors.pairs)
+
+
 def _scan(deltas: Tensor, total: Tensor | None, state: Tensor, order: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What enters each chunk, and what leaves the last: state <- total * state + delta, chunk by chunk in `order`."""
     entering = torch.empty_like(deltas)
@@ -136,10 +141,10 @@ def _block_backward(
     weighted = _times(k, f.until)
     states, _ = _scan(weighted.mT @ v, f.total, entering, range(block.count))
     outer, before = _scan(_times(q, f.since).mT @ d_o, f.total, arriving, range(block.count)[::-1])
-    d_scores = (d_o @ v.mT).mul_(f.pairs)
+    d_scores = _weighted(d_o, v, f)
     dq = _add_product(d_scores @ k, _times(d_o, f.since), states.mT)
     dk = _add_product(d_scores.mT @ q, _times(v, f.until), outer.mT)
-    dv = _add_product((q @ k.mT).mul_(f.pairs).mT @ d_o, weighted, outer)
+    dv = _add_product(_weighted(q, k, f).mT @ d_o, weighted, outer)
     grads.q[:, :, block.rows] = dq.flatten(2, 3)
     grads.k[:, :, block.rows] = sum_groups(dk.flatten(2, 3), grads.k.shape[1])
     grads.v[:, :, block.rows] = sum_groups(dv.flatten(2, 3), grads.v.shape[1])

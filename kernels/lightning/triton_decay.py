@@ -131,22 +131,24 @@ def running_decay(high_ptr, low_ptr, before, position, PER_TOKEN: tl.constexpr):
 
 
 @triton.jit
-def pair_weights(
-    position, g, high, low, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr
+def weighted_pairs(
+    scores, position, g, high, low, scale, PER_TOKEN: tl.constexpr, REVERSE: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """2^(log decay from b to a) for key b (rows) and query a (columns); 0 where b is later, in reverse earlier.
+    """scores times scale * 2^(log decay from b to a), for key b (rows) and query a (columns).
 
-    The exponent is masked before exp2: it would overflow there.
+    0 where b is later, in reverse earlier, whatever the score is there: infinite keys reach no earlier query.
     """
     b = position[:, None]
     a = position[None, :]
+    keep = a <= b if REVERSE else a >= b
     if PER_TOKEN:
         exponent = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
-        exponent = -exponent if REVERSE else exponent
+        exponent = tl.where(
+            keep, -exponent if REVERSE else exponent, float("-inf")
+        )  # it may overflow elsewhere
     else:
         exponent = g * tl.abs(a - b)
-    keep = a <= b if REVERSE else a >= b
-    return decay_factor(tl.where(keep, exponent, float("-inf")), dtype)
+    return tl.where(keep, scores * (decay_factor(exponent, dtype) * scale), 0.0)
 
 
 @triton.jit

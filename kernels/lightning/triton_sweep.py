@@ -21,10 +21,10 @@ from attnopt.kernels.lightning.triton_decay import (
     decay_factor,
     forward_terms,
     head_decay,
-    pair_weights,
     rest_of_factor,
     reverse_terms,
     running_decay,
+    weighted_pairs,
 )
 from attnopt.kernels.lightning.triton_rows import address, load_rows, sequence_of, store_rows
 
@@ -150,7 +150,7 @@ def sweep_kernel(
             )  # fmt: skip
             reached = decay_factor(until if REVERSE else since, y.dtype) * (unit if REVERSE else scale)
             out *= reached[None, :]
-            scores *= pair_weights(a, g, high, low, PER_TOKEN, REVERSE, y.dtype) * scale
+            scores = weighted_pairs(scores, a, g, high, low, scale, PER_TOKEN, REVERSE, y.dtype)
             if own_ptr is not None:
                 # out holds what passes between this chunk and those before it (in reverse: after it).
                 own = load_rows(

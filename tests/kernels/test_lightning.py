@@ -166,6 +166,15 @@ def test_the_future_does_not_touch_the_past(case: Case, cut: int) -> None:
     assert torch.equal(attend(edited)[0][:, :, :cut], attend(low)[0][:, :, :cut])
 
 
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+@given(case=cases(longest=60), cut=st.integers(0, 60))
+def test_later_keys_that_are_not_finite_do_not_touch_the_past(case: Case, cut: int, number: float) -> None:
+    low = case.in_rounded(torch.float32)
+    edited = low.map(torch.Tensor.clone)
+    edited.k[:, :, cut:] = number
+    assert torch.equal(attend(edited)[0][:, :, :cut], attend(low)[0][:, :, :cut])
+
+
 @given(cases(longest=70), st.sampled_from(sorted(LAYOUTS)), st.sampled_from(LOW))
 def test_the_layout_in_memory_changes_nothing(case: Case, layout: str, dtype: torch.dtype) -> None:
     low = case.in_rounded(dtype)

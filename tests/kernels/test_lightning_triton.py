@@ -191,6 +191,17 @@ def test_the_future_does_not_touch_the_past(device, dtype) -> None:
 
 
 @everywhere
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_later_keys_that_are_not_finite_do_not_touch_the_past(device, dtype, decay: str) -> None:
+    case = make_case(40, batch=1, decay=decay).in_rounded(dtype).on(device)
+    edited = case.map(Tensor.clone)
+    edited.k[:, :, 21:], edited.k[:, :, 30:] = torch.inf, torch.nan
+    past = [forward(c, Tiles(16, 16, 2))[0][:, :, :21] for c in (case, edited)]
+    assert torch.equal(*past)
+
+
+@everywhere
 @pytest.mark.parametrize("layout", ["transposed", "columns first", "sliced"])
 def test_the_layout_in_memory_changes_nothing(device, dtype, layout: str) -> None:
     case = make_case(20, batch=1, kv_heads=2, share=1, dv=5).in_rounded(dtype).on(device)
