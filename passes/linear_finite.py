@@ -98,7 +98,8 @@ def _value(
         if isinstance(value, int | torch.SymInt):
             values[node] = sizes.of(value)
         elif node in data and isinstance(value, Tensor):
-            values[node] = draw(_uniform([sizes.of(size) for size in value.shape]))
+            uniform = _uniform([sizes.of(size) for size in value.shape])
+            values[node] = draw(uniform) if value.is_floating_point() else _every_other(uniform)
     try:
         made = evaluate(sorted(nodes - {*values}), values, sizes).get(factor.node)
     except (RuntimeError, IndexError, ValueError):
@@ -114,11 +115,16 @@ def _uniform(shape: list[int]) -> Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1)).view(shape)
 
 
+def _every_other(uniform: Tensor) -> Tensor:
+    """A mask that says yes and no: what is infinite for either of them is infinite for some."""
+    return (torch.arange(uniform.numel()) % 2 == 0).view(uniform.shape)
+
+
 def _is_data(node: Node, value: Tensor) -> bool:
-    """Whether it is a small input, or parameter, of which any numbers may be expected."""
+    """Whether it is a small input, or parameter, of which any numbers, or truths, may be expected."""
     return (
         node.op in ("placeholder", "get_attr")
-        and value.is_floating_point()
+        and (value.is_floating_point() or value.dtype == torch.bool)
         and prod(hint(size) for size in value.shape) <= MOST_DRAWN_ELEMENTS
     )
 

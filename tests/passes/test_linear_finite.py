@@ -63,3 +63,14 @@ def test_the_reason_says_what_to_choose() -> None:
 def test_what_is_finite_is_read(factor: Callable[[Tensor, Tensor], Tensor], dynamic: bool) -> None:
     report = check_like_eager(times(factor), heads(), differentiable=3, dynamic=dynamic)
     assert [site.verdict for site in report.sites] == ["rewritten"]
+
+
+def test_a_factor_that_a_mask_makes_infinite_is_refused() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        kept = keep.to(q.dtype)
+        return (q @ k.mT * kept / ((1 - kept) * -1e4)).softmax(-1) @ v
+
+    keep = torch.ones(B, 1, 1, S, dtype=torch.bool)
+    keep[0, ..., :3] = False
+    (found,) = found_in(attend, *heads()[:3], keep)
+    assert found.site is None
