@@ -1,6 +1,5 @@
 """The model, the streams and the script behind benchmarks/streaming_text_gpu.py, at sizes that a CPU can do."""
 
-import importlib
 import json
 import struct
 import sys
@@ -18,15 +17,6 @@ from torch import Tensor
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a module of benchmarks/ by its name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture
