@@ -46,7 +46,8 @@ def _step_kernel(
     inside = (d < D)[:, None] & (dv < DV)[None, :]
     state_at = state_ptr + offset(b, state_sb) + offset(h, state_sh)
     if AHEAD:
-        line = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V // 32) * 32
+        LINES: tl.constexpr = (BLOCK_V + 31) // 32
+        line = (pid % slices) * BLOCK_V + tl.arange(0, LINES) * 32
         fetch_ahead(
             state_at + offset(tl.minimum(d, D - 1), state_sk)[:, None] + tl.minimum(line, DV - 1)[None, :]
         )

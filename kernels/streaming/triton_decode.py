@@ -273,14 +273,14 @@ def decode_kernel(
             v_ptr + offset(slot, v_ss)[:, None] + offset(e, v_sd)[None, :],
             mask=seen[:, None] & (e < dv)[None, :], other=0.0,
         )  # fmt: skip
-        s = dot(q, k, PRECISION)
+        # A factor on each part: without one the parts would become one chain of multiply-adds.
+        s = dot(q, k, PRECISION) * unit
         for at in tl.static_range(CHUNK, D_PAD, CHUNK):
             more = load_queries(near_row, far_row, near_sd, far_sd, at + c, d, group, TWO, ROWS, G_PAD)
             k = tl.load(
                 k_row + offset(at + c, k_sd)[:, None], mask=(at + c < d)[:, None] & seen[None, :], other=0.0
             )
-            s += dot(more, k, PRECISION)
-        s *= unit
+            s += dot(more, k, PRECISION) * unit
         if slope_ptr is not None:
             s -= tilt[:, None] * tl.where(is_sink, place - slot, behind).to(tl.float32)[None, :]
         meets = seen[None, :]
