@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from attnopt.mask import FULL
-from attnopt.passes.linear_finite import check_finite
+from attnopt.passes.linear_finite import check_decay, check_finite, check_operands
 from attnopt.passes.linear_roles import role_candidates
 from attnopt.passes.linear_structure import Ending, Structure, endings, structures
 from attnopt.passes.linear_sum import SumReader, as_site_axes
@@ -238,6 +238,9 @@ def _check(
         raise Reject(f"operands on different devices: {', '.join(sorted(map(str, devices)))}", root)
     if set(operands) != set(spec.operand_names()):
         raise Reject(f"read {sorted(operands)} but the spec names {sorted(spec.operand_names())}", root)
+    check_operands(tensors)
+    if "log_decay" in operands:
+        check_decay(operands["log_decay"])
     check_unmutated({**tensors, **{f"factor {n} of the output": o for n, o in enumerate(factors)}}, root)
 
 

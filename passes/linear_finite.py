@@ -1,24 +1,27 @@
-"""Factors of queries and keys that the program itself makes infinite, such as 0 to the power of a negative distance.
+"""Queries, keys, values and factors that the program itself makes infinite, such as 0 to a negative power.
 
-Data may enter: 1 / (slope * 0) is infinite, whatever the slope. Such factors are tried with several drawn data.
+Data may enter: 1 / (slope * 0) is infinite, whatever the slope. Such factors are tried with several drawn data. What is
+written to in place on the way is written to in the trial, too.
 
 Q K^T times infinity is infinite where it is summed with the values; on q or on k it enters other sums, and makes other
-elements NaN.
+elements NaN. A key that is infinite itself is hidden by a fill of the scores, and by no mask that is added to them.
 """
 
-from collections.abc import Callable, Iterable
-from math import prod
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite, prod
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from attnopt.passes.mask_writes import sharing, written_by
+from attnopt.passes.mask_writes import is_settled, operation, writes_after
 from attnopt.passes.replay import evaluate
-from attnopt.passes.site import Operand
+from attnopt.passes.site import Filled, Operand
 from attnopt.passes.sizes import Concrete, hint
 from attnopt.rule import Reject
+from attnopt.shadow import CONSTANT
 
 #: Nodes and elements that are computed to learn what a factor holds; what is larger is taken to be finite.
 MOST_NODES, MOST_ELEMENTS = 128, 1 << 22
@@ -50,34 +53,118 @@ def check_finite(factors: Iterable[Operand], of: str = "weights") -> None:
             )
 
 
+def check_operands(operands: Mapping[str, Operand]) -> None:
+    """The same for queries, keys and values themselves."""
+    for name in ("q", "k", "v"):
+        if name in operands and _is_infinite(operands[name]):
+            raise Reject(
+                f"{name} is infinite, or NaN, at some position whatever the data are; choose the base of a power "
+                "and the divisor of a quotient other than 0",
+                operands[name].node,
+                9,
+            )
+
+
+def check_decay(decay: Operand | Filled) -> None:
+    """Raises Reject for a log decay that is infinite, or NaN, whatever the data are, or made of numbers and grows.
+
+    A log decay of -inf is NaN at a distance of 0. Growing weights overflow, in a kernel's chunks sooner than in a whole
+    matrix.
+    """
+    if isinstance(decay, Filled):
+        node, grows, endless = None, decay.value > 0, not isfinite(decay.value)
+    else:
+        node, endless = decay.node, _is_infinite(decay)
+        is_known = not endless and not decay.times and not _sources(decay.node)[1]
+        grows = is_known and _whatever_the_data(decay, lambda x: _log_decay(decay, x) > 0)
+    if endless:
+        raise Reject("the decay, or its logarithm, is infinite or NaN whatever the data are", node, 2)
+    if grows:
+        raise Reject(
+            "the weights grow with the distance instead of decaying: kernels take log decays of at most 0",
+            node,
+            2,
+        )
+
+
+def _log_decay(decay: Operand, x: Tensor) -> Tensor:
+    """Of what the operand's node holds, what a kernel gets."""
+    match decay.function:
+        case "log":
+            return x.log() * decay.factor
+        case "differences":
+            return x.diff(dim=-1) * decay.factor
+    return x * decay.factor
+
+
+#: Operations that make no infinity of numbers that are none, unless these are huge.
+_TAME = frozenset(
+    {
+        "mul", "add", "sub", "rsub", "neg", "abs", "relu", "sigmoid", "tanh", "cos", "sin", "square", "sum", "mean",
+        "cumsum", "matmul", "bmm", "mm", "linear", "addmm", "einsum", "view", "reshape", "_unsafe_view", "unsqueeze",
+        "squeeze", "expand", "permute", "transpose", "mT", "t", "slice", "select", "unflatten", "flatten", "clone",
+        "contiguous", "to", "_to_copy", "detach", "alias", "cat", "stack", "chunk", "split", "split_with_sizes",
+        "unbind", "flip", "roll", "repeat", "repeat_interleave", "index", "index_select", "arange", "lift_fresh_copy",
+        "elu", "silu", "gelu", "softplus", "embedding", "sym_size", "tril", "triu", "outer",
+    }
+)  # fmt: skip
+
+
+def _is_tame(node: Node) -> bool:
+    """Whether what the node makes is finite if all that it is given is."""
+    if node.op != "call_function":
+        held = _constant(node)
+        return held is None or bool(held.isfinite().all())
+    numbers = (x for x in node.args if isinstance(x, float))
+    return (node.target is getitem or operation(node) in _TAME) and all(map(isfinite, numbers))
+
+
 def _is_infinite(factor: Operand) -> bool:
+    return _whatever_the_data(factor, lambda x: ~x.isfinite(), _is_tame)
+
+
+def _whatever_the_data(
+    factor: Operand,
+    test: Callable[[Tensor], Tensor],
+    is_tame: Callable[[Node], bool] = lambda _: False,
+) -> bool:
+    """Whether the test says yes of the same element, whatever is drawn; not if all nodes that make it are tame."""
     nodes, data = _sources(factor.node)
-    if len(nodes) > (MOST_DRAWN_NODES if data else MOST_NODES):
+    if not nodes or len(nodes) > (MOST_DRAWN_NODES if data else MOST_NODES):
+        return False  # it is data itself, or too much to compute
+    if not factor.inverse and all(map(is_tame, nodes)):
         return False
-    if not data:
-        value = _value(factor, nodes, data, DRAWS[0])
-        return value is not None and not bool(value.isfinite().all())
-    infinite: Tensor | None = None
-    for draw in DRAWS:
+    found: Tensor | None = None
+    for draw in DRAWS if data else DRAWS[:1]:
         value = _value(factor, nodes, data, draw)
         if value is None:
             return False
-        infinite = value.isinf() if infinite is None else infinite & value.isinf()
-        if not bool(infinite.any()):
+        found = test(value) if found is None else found & test(value)
+        if not bool(found.any()):
             return False
     return True
 
 
 def _sources(node: Node) -> tuple[set[Node], set[Node]]:
-    """What a factor is made of: operations, sizes among them, and data; no operations if it costs too much."""
+    """What a factor is made of: operations, sizes among them, and data; no operations if it costs too much.
+
+    Writes to any of it before the factor is read are among the operations. A factor that is written to afterwards is
+    no operand (`check_unmutated`).
+    """
     nodes, data, pending = set[Node](), set[Node](), [node]
+    end = None if is_settled(node) else node
     while pending:
         here = pending.pop()
         if here in nodes or here in data:
             continue
         value = here.meta.get("val")
+        if isinstance(value, Tensor):
+            pending.extend(writes_after(here, end))
         if isinstance(value, Tensor) and _is_data(here, value):
             data.add(here)
+            continue
+        if _constant(here) is not None:
+            nodes.add(here)
             continue
         whole = isinstance(value, int | torch.SymInt)
         if len(nodes) == MOST_NODES or not (whole or _is_cheap(here, value)):
@@ -94,12 +181,14 @@ def _value(
     sizes = Concrete()
     values: dict[Node, Any] = {}
     for node in (*nodes, *data):
-        value = node.meta.get("val")
+        value, held = node.meta.get("val"), _constant(node)
         if isinstance(value, int | torch.SymInt):
             values[node] = sizes.of(value)
+        elif held is not None:
+            values[node] = held.double() if held.is_floating_point() else held
         elif node in data and isinstance(value, Tensor):
             uniform = _uniform([sizes.of(size) for size in value.shape])
-            values[node] = draw(uniform) if value.is_floating_point() else _every_other(uniform)
+            values[node] = draw(uniform) if value.is_floating_point() else _truths(uniform, value.dtype, draw)
     try:
         made = evaluate(sorted(nodes - {*values}), values, sizes).get(factor.node)
     except (RuntimeError, IndexError, ValueError):
@@ -115,27 +204,40 @@ def _uniform(shape: list[int]) -> Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1)).view(shape)
 
 
-def _every_other(uniform: Tensor) -> Tensor:
-    """A mask that says yes and no: what is infinite for either of them is infinite for some."""
-    return (torch.arange(uniform.numel()) % 2 == 0).view(uniform.shape)
+def _truths(uniform: Tensor, dtype: torch.dtype, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """A mask that says yes and no: what is infinite for either of them is infinite for some.
+
+    Whole numbers may be a mask, 1 and 0, or lengths and positions, which nobody divides by where they are 0: 1 and 2.
+    """
+    kept = (torch.arange(uniform.numel()) % 2 == 0).view(uniform.shape).to(dtype)
+    return kept if dtype == torch.bool or draw is DRAWS[0] else 2 - kept
 
 
 def _is_data(node: Node, value: Tensor) -> bool:
     """Whether it is a small input, or parameter, of which any numbers, or truths, may be expected."""
     return (
         node.op in ("placeholder", "get_attr")
-        and (value.is_floating_point() or value.dtype == torch.bool)
+        and _constant(node) is None
+        and not value.is_complex()
         and prod(hint(size) for size in value.shape) <= MOST_DRAWN_ELEMENTS
     )
 
 
+def _constant(node: Node) -> Tensor | None:
+    """A tensor that the program holds, and nobody trains."""
+    held = node.meta.get(CONSTANT)
+    if node.op == "get_attr":
+        held = getattr(node.graph.owning_module, str(node.target), None)
+        if isinstance(held, Tensor) and (held.is_floating_point() or held.dtype == torch.bool):
+            return None
+    return held if isinstance(held, Tensor) else None
+
+
 def _is_cheap(node: Node, value: object) -> bool:
-    """Whether the node makes the same few numbers at every call, and nobody writes to them."""
-    target: Any = node.target
+    """Whether the node makes the same few numbers at every call."""
+    made = value if isinstance(value, list | tuple) else (value,)
     return (
         node.op == "call_function"
-        and isinstance(value, Tensor)
-        and torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ())
-        and prod(hint(size) for size in value.shape) <= MOST_ELEMENTS
-        and not any(written_by(alias) or any(map(written_by, alias.users)) for alias in sharing(node))
+        and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+        and all(isinstance(x, Tensor) and prod(map(hint, x.shape)) <= MOST_ELEMENTS for x in made)
     )

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from attnopt.mask import Causal
 from attnopt.passes import emit
+from attnopt.passes.linear_finite import check_decay, check_operands
 from attnopt.passes.linear_loop_probe import Draw, run, symbols_of
 from attnopt.passes.linear_loop_reading import Reading
 from attnopt.passes.linear_loop_reference import recurrence
@@ -36,7 +37,8 @@ def build(r: Reading) -> Site:
         for name, node in zip("qkv", bases, strict=True)
     }
     if r.decay is not None:
-        operands["log_decay"] = _decay_operand(r)
+        operands["log_decay"] = decay = _decay_operand(r)
+        check_decay(decay)
     wide = torch.promote_types(dtype, torch.float32)
     if cast.state is not None:
         layout = (roles.batch, roles.heads, roles.d, roles.dv)
@@ -49,7 +51,9 @@ def build(r: Reading) -> Site:
         precision=Precision(scores=bases[0].meta["val"].dtype, out=root.meta["val"].dtype),
     )  # fmt: skip
     _check_operands(r, operands)
-    check_unmutated({name: o for name, o in operands.items() if isinstance(o, Operand)}, root)
+    tensors = {name: o for name, o in operands.items() if isinstance(o, Operand)}
+    check_operands(tensors)
+    check_unmutated(tensors, root)
     result = Result(roles, r.labels.out, root.meta["val"].dtype)
     interior = frozenset({*region.nodes, *([region.state] if region.state is not None else [])})
     return Site(

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from attnopt.passes.contraction import Contraction
 from attnopt.passes.layout import Axes, Dims, Space
+from attnopt.passes.linear_finite import check_operands
 from attnopt.passes.logits import LogitsReader
 from attnopt.passes.logits_blended import blended
 from attnopt.passes.logits_found import Logits
@@ -292,6 +293,7 @@ def _check(
         _check_whole(name, tensors[name], result.roles)
         if depends_on(shadow, tensors[name].node, frame.interior):
             raise Reject(f"{name} is made from the scores", tensors[name].node, 9)
+    check_operands(tensors)
     check_unmutated({**tensors, **{f"factor {n}": o for n, o in enumerate(result.times)}}, frame.root)
 
 

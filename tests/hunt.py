@@ -1,13 +1,14 @@
 """Runs many mutants in several processes and counts: `python tests/hunt.py --programs 60000`; fails if one is wrong.
 
-A file (JSON) keeps the counts of each run, with its commit; every wrong mutant is printed with the seed that makes it
-again.
+A file (JSON) keeps the counts of each run, with its commit. A wrong mutant is printed and written there at once, with
+the seed that makes it again. `--seconds N` ends the run after that time, with what has run until then.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,14 +56,16 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def hunt(start: int, names: tuple[str, ...]) -> Counts:
-    """The trials of one share of the seeds."""
+def hunt(start: int, names: tuple[str, ...], end: float) -> Counts:
+    """The trials of one share of the seeds; those not begun at `end`, by the clock of the machine, are left out."""
     import torch
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGPROF, _too_long)
     counts = Counts()
     for seed in range(start, start + SHARE):
+        if time.time() >= end:
+            break
         signal.setitimer(signal.ITIMER_PROF, PATIENCE)  # of its own, however busy the machine is
         try:
             _count(counts, seed, names)
@@ -110,7 +113,7 @@ def _verdict(found: Any) -> str:
 
 
 def main() -> int:
-    """Hunts until so many programs have run. The exit status is 1 if one was wrong."""
+    """Hunts until so many programs have run, or for so long. The exit status is 1 if one was wrong."""
     options = _parse()
     counts, start, written = Counts(), time.perf_counter(), time.perf_counter()
     for found in _shares(options):
@@ -120,7 +123,7 @@ def main() -> int:
             say(f"WRONG {line}")
         if counts.totals["programs"] // 5000 > before:
             say(f"{counts.totals['programs']} programs, {counts.totals['wrong']} wrong")
-        if options.out and time.perf_counter() - written > PAUSE:
+        if options.out and (found.wrong or time.perf_counter() - written > PAUSE):
             _write(Path(options.out), _told(counts, time.perf_counter() - start, options))
             written = time.perf_counter()
         if counts.totals["programs"] >= options.programs:
@@ -129,19 +132,22 @@ def main() -> int:
     if options.out:
         _write(Path(options.out), told)
     say(json.dumps({name: value for name, value in told.items() if name != "unsettled mutants"}, indent=1))
+    say(f"{told['programs']} programs ran in {told['seconds']} s, {told['wrong']} wrong")
     return int(counts.totals["wrong"] > 0)
 
 
 def _shares(options: argparse.Namespace) -> Iterator[Counts]:
     """The counts of one share after another, as they come, from as many processes as were asked for."""
-    starts = count(options.seed, SHARE)
+    starts, end = count(options.seed, SHARE), time.time() + options.seconds
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=spawn, max_tasks_per_child=SHARES) as pool:
         running: set[Future[Counts]] = set()
         try:
             while True:
-                while len(running) <= options.workers:
-                    running.add(pool.submit(hunt, next(starts), tuple(options.only)))
+                while len(running) <= options.workers and time.time() < end:
+                    running.add(pool.submit(hunt, next(starts), tuple(options.only), end))
+                if not running:
+                    return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (each.result() for each in done)
         finally:
@@ -179,7 +185,10 @@ def _write(path: Path, told: dict[str, Any]) -> None:
 
 def _commit() -> str:
     """The commit that is checked out, with a plus sign if files were changed since."""
-    asked = ["git", "-C", str(HERE.parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    asked = [git, "-C", str(HERE.parent), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or "unknown"
 
@@ -187,6 +196,7 @@ def _commit() -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=60_000, help="stop when so many mutants have run")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, too")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--only", nargs="*", default=[], help="names of programs; none: all")

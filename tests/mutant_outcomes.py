@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mutant_infinities import STRICT, Beyond, differing, in_double, recovered
 from mutant_noise import Shaken
 from mutants import NoPlace
 from torch import Tensor
@@ -90,10 +91,14 @@ def compare(
     inputs: Sequence[Any],
     tolerance: float,
     noise: Noise | None = None,
+    beyond: Beyond = STRICT,
     *,
     training: bool,
 ) -> str:
-    """What `made` gives otherwise than `wanted`, "" for nothing. noise: what eager's own rounding changes."""
+    """What `made` gives otherwise than `wanted`, "" for nothing. noise: what eager's own rounding changes.
+
+    beyond: what may stand where eager is not finite.
+    """
     try:
         got = run(made, inputs, training=training)
     except NO_PROGRAM as problem:
@@ -101,7 +106,17 @@ def compare(
     lost = noise or Noise((0.0,) * len(wanted.results), (0.0,) * len(wanted.gradients))
     results = [max(tolerance, 2 * x) for x in lost.results]
     gradients = [max(10 * tolerance, 3 * x) for x in lost.gradients]
-    return difference(got.results, wanted.results, results) or _off_gradients(got, wanted, gradients)
+    differs = difference(got.results, wanted.results, results, beyond)
+    return differs or _off_gradients(got, wanted, gradients)
+
+
+def beyond_of(plain: GraphModule, inputs: Sequence[Any], *, any_kind: bool) -> Beyond:
+    """What may stand where eager is not finite; `wide` is empty where the program does not run in fp64 throughout."""
+    try:
+        with in_double():
+            return Beyond(any_kind, run(apart(plain), inputs, training=False).results)
+    except NO_PROGRAM:
+        return Beyond(any_kind)
 
 
 def noise_of(plain: GraphModule, wanted: Outcome, inputs: Sequence[Any], *, training: bool) -> Noise:
@@ -125,7 +140,9 @@ def _change(out: Tensor | None, want: Tensor | None, least: float) -> float:
     return _row_error(out, want, least) if same else float("inf")
 
 
-def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: Sequence[float]) -> str:
+def difference(
+    got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: Sequence[float], beyond: Beyond = STRICT
+) -> str:
     """What differs in the results, "" for nothing. allowed: for each the relative error of a row."""
     if len(got) != len(wanted):
         return f"{len(got)} results, wanted {len(wanted)}"
@@ -136,11 +153,11 @@ def difference(got: Sequence[Tensor], wanted: Sequence[Tensor], allowed: Sequenc
             )
         if most == float("inf"):
             continue
-        if not torch.equal(out.isnan(), want.isnan()):
-            return f"result {number}: {int(out.isnan().sum())} NaN, wanted {int(want.isnan().sum())}"
-        if not torch.equal(out.isinf(), want.isinf()):
-            return f"result {number}: {int(out.isinf().sum())} Inf, wanted {int(want.isinf().sum())}"
-        if (error := _row_error(out, want)) > most:
+        if infinities := differing(out, want, number, beyond):
+            return infinities
+        known = want.isfinite()
+        errors = _row_error(out.where(known, 0.0), want), _row_error(*recovered(out, want, number, beyond))
+        if (error := max(errors)) > most:
             return f"result {number}: a row is off by {error:.1e}"
     return ""
 
