@@ -79,7 +79,14 @@ class Machine:
             load=_load,
             store=_store,
             **dict.fromkeys(
-                ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "NVMMASharedLayout"), nothing
+                (
+                    "NVMMADistributedLayout",
+                    "BlockedLayout",
+                    "DotOperandLayout",
+                    "SliceLayout",
+                    "NVMMASharedLayout",
+                ),
+                nothing,
             ),
         )
 

@@ -60,10 +60,13 @@ def launch(
     upstream = _live(problem, answer, do)
     on_hopper = by_keys is None and by_queries is None and serves(problem) and is_bulk(upstream)
     with on_device_of(q):
-        rows = prepare(problem, answer, upstream, dlse)
+        makes_rows = on_hopper and dlse is None
+        rows = unknown(answer) if makes_rows else prepare(problem, answer, upstream, dlse)
         common = common_arguments(problem, upstream, rows)
         if on_hopper:
-            dq, near = triton_hopper.queries(problem, upstream, rows.delta, rows.tail)
+            dq, near = triton_hopper.queries(
+                problem, upstream, rows.delta, rows.tail, answer if makes_rows else None
+            )
         else:
             dq, near = queries(problem, common, by_queries or tiles_for(problem, BY_QUERIES)), None
         if on_hopper and triton_hopper.serves_keys(problem):
@@ -93,6 +96,12 @@ def common_arguments(problem: Problem, do: Tensor, rows: Rows) -> dict[str, Any]
     widths = {"D_PAD": padded(q.shape[3]), "DV_PAD": padded(v.shape[3])}
     steps = strides("q", q) | strides("k", k) | strides("v", v) | strides("do", do)
     return pointers | statistics | sizes | widths | steps | scalars(problem)
+
+
+def unknown(answer: Answer) -> Rows:
+    """Rows that `triton_hopper.queries` fills; weights are plain there, and nobody reads a peak."""
+    delta, tail = (torch.empty_like(answer.lse, memory_format=torch.contiguous_format) for _ in range(2))
+    return Rows(delta, delta, tail)
 
 
 def prepare(problem: Problem, answer: Answer, do: Tensor, dlse: Tensor | None) -> Rows:

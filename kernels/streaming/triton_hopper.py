@@ -17,9 +17,9 @@ GLUON = {(3, 6), (3, 7)}
 BLOCK, FORWARD_KEYS, BACKWARD_KEYS, BACKWARD_QUERIES = 128, 128, 64, 64
 NARROW = 16
 STAGES = 2
-#: Pieces of work whose rows are on chip: with two, the next one's arrive during this one. By queries that pays where
-#: these see few keys, up to SHORT: forward 0.574 to 0.541 ms with 1,024 of 16,384, and 1.669 to 1.702 with 4,096.
-SHORT = 2048
+#: Pieces of work whose rows are on chip: with two, the next one's arrive during this one. In the forward that pays
+#: where queries see few keys, up to SHORT: 0.574 to 0.541 ms with 1,024 of 16,384, and 1.669 to 1.702 with 4,096.
+SHORT, QUERIES_SETS = 2048, 2
 #: Of `keys`, with 1,024 of 16,384: 1.054 ms with 3 stages and 2 sets, 1.067 with 3 and 1, 1.081 with 2 and 1.
 KEYS_STAGES, KEYS_SETS = 3, 2
 #: Numbers that a query has in `keys`, tail and delta, come by TMA, which wants lines of 16 bytes: Sq a multiple of 4.
@@ -58,8 +58,8 @@ def serves(problem: Problem) -> bool:
 def launch(problem: Problem) -> Answer:
     """The attention of a problem that `serves` takes; no dimension may be empty."""
     from attnopt.kernels.streaming.triton_hopper_forward import (
-        attend_kernel,
-    )  # Gluon, only where it is served
+        attend_kernel,  # Gluon, only where it is served
+    )
 
     q, k, v = problem.q, problem.k, problem.v
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -77,33 +77,34 @@ def launch(problem: Problem) -> Answer:
 
 
 def queries(
-    problem: Problem, do: Tensor, delta: Tensor, tail: Tensor
+    problem: Problem, do: Tensor, delta: Tensor, tail: Tensor, answer: Answer | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """dq (B, H, Sq, D); delta and tail (B, H, Sq) fp32 contiguous, as `triton_backward.Rows` has them.
 
-    Where the head has a narrow tile and queries see few keys, also what all queries send to the head's: dk / scale and
-    dv, fp32 (B * Hkv, 1, head, D) each: 0.03 ms less than by a launch with 1,024 of 16,384, 0.11 more with 4,096.
+    With the forward's `answer` these two are results, made on the way. Where the head has a narrow tile, also what all
+    queries send to the head's: dk / scale and dv, fp32 (B * Hkv, 1, head, D) each.
     """
     from attnopt.kernels.streaming.triton_hopper_queries import queries_kernel
 
     q, k, v = problem.q, problem.k, problem.v
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    works, head = _share(problem)[0], _head(problem)
-    sums = _sets(problem) == 2 and serves_keys(problem) and head == "narrow"
+    works, head, sums = _share(problem)[0], _head(problem), _sums(problem)
     columns = problem.reach.head if sums else 0
-    near = [q.new_empty((works * 2, columns, q.shape[3]), dtype=torch.float32) for _ in range(2)]
-    bind_context(q)
+    near = q.new_empty((2, works * 2, columns, q.shape[3]), dtype=torch.float32)
+    o, lse = (do, delta) if answer is None else (answer.o.contiguous(), answer.lse.contiguous())
+    if answer is not None:  # else a launch before this one has done it
+        bind_context(q)
     with on_device_of(q):
         queries_kernel[(_programs(problem),)](
             *(_rows(x, BLOCK // 2) for x in (q, do)), *(_rows(x, BACKWARD_KEYS) for x in (k, v)),
-            *(_rows(x, NARROW) for x in (k, v)), _rows(dq, BLOCK // 2), delta, tail, *near,
+            *(_rows(x, NARROW) for x in (k, v)), _rows(dq, BLOCK // 2), delta, tail, o, lse, *near,
             *_share(problem), *_edges(problem), problem.scale * LOG2E.value, problem.scale,
-            STAGES=STAGES, SETS=_sets(problem), WINDOWED=problem.reach.windowed, HEAD=head, SUMS=sums,
-            num_warps=4,
+            STAGES=STAGES, SETS=QUERIES_SETS, WINDOWED=problem.reach.windowed, HEAD=head, SUMS=sums,
+            ROWS_KNOWN=answer is None, num_warps=4,
         )  # fmt: skip
     if not columns:
         return dq, None
-    dk, dv = (x.view(q.shape[0] * k.shape[1], -1, columns, q.shape[3]).sum(1, keepdim=True) for x in near)
+    dk, dv = near.view(2, q.shape[0] * k.shape[1], -1, columns, q.shape[3]).sum(2, keepdim=True)
     return dq, (dk, dv)
 
 
@@ -120,7 +121,7 @@ def keys(
     sums: tuple[Tensor, Tensor],
     done: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv (B, Hkv, Sk, D), where `serves_keys`; delta and tail as for `queries`.
+    """dk and dv (B, Hkv, Sk, D), where `serves_keys`, after `queries`; delta and tail as for it.
 
     sums: dk / scale and dv of the first keys, fp32 (B * Hkv, parts, keys, D) each: all that the first `done` get, as
     from `queries`; or, with done 0, what queries beyond the window of BLOCK keys send to the sinks.
@@ -132,13 +133,13 @@ def keys(
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     blocks = triton.cdiv(columns, BLOCK)
     works = batch * kv_heads * blocks
+    share = (works, blocks, _light(problem, blocks, by_keys=True), kv_heads, problem.group)
     edges = (*_edges(problem)[:4], 0, 0) if done else _edges(problem)
-    bind_context(q)
     with on_device_of(q):
         keys_kernel[(min(works, _processors(q)),)](
             *(_rows(x, BACKWARD_QUERIES) for x in (q, do)), *(_rows(x, BLOCK // 2) for x in (k, v, dk, dv)),
             *(_numbers(x, BACKWARD_QUERIES) for x in (tail, delta)), *sums,
-            works, blocks, kv_heads, problem.group, *edges, *sums[0].shape[1:3], done,
+            *share, *edges, *sums[0].shape[1:3], done,
             problem.scale * LOG2E.value, problem.scale,
             STAGES=KEYS_STAGES, SETS=KEYS_SETS, WINDOWED=problem.reach.windowed, num_warps=4,
         )  # fmt: skip
@@ -156,11 +157,22 @@ def _release() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _share(problem: Problem) -> tuple[int, int, int, int]:
-    """works, blocks, heads, group."""
+def _share(problem: Problem) -> tuple[int, int, int, int, int]:
+    """works, blocks, light, heads, group."""
     batch, heads, rows, _ = problem.q.shape
     blocks = triton.cdiv(rows, BLOCK)
-    return batch * heads * blocks, blocks, heads, problem.group
+    return batch * heads * blocks, blocks, _light(problem, blocks, by_keys=False), heads, problem.group
+
+
+def _light(problem: Problem, blocks: int, *, by_keys: bool) -> int:
+    """How many of the blocks of queries, or keys, have less to do than the others, for the window ends in them.
+
+    They are done last, so that all programs end at once: with 4,096 pieces of work for 132 programs, one after another,
+    some had 4 % more than their part.
+    """
+    where = problem.reach
+    rows = where.columns - where.rows - where.lower if by_keys else -where.lower
+    return min(blocks, triton.cdiv(max(0, rows), BLOCK)) if where.windowed else 0
 
 
 def _programs(problem: Problem) -> int:
@@ -175,6 +187,10 @@ def _processors(x: Tensor) -> int:
 def _sets(problem: Problem) -> int:
     where = problem.reach
     return 2 if where.windowed and where.upper - where.lower + where.head <= SHORT else 1
+
+
+def _sums(problem: Problem) -> bool:
+    return serves_keys(problem) and _head(problem) == "narrow"
 
 
 def _edges(problem: Problem) -> tuple[int, int, int, int, int, int]:

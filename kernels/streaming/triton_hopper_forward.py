@@ -26,6 +26,8 @@ from attnopt.kernels.streaming.triton_hopper_parts import (
     place_queries,
     produce_keys,
     tile_of_keys,
+    turns_of,
+    work_of,
 )
 
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -34,7 +36,7 @@ _LN2 = gl.constexpr(0.6931471805599453)
 @gluon.jit(do_not_specialize=NUMBERS)
 def attend_kernel(
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, o_desc, lse_ptr, log_sum_ptr,
-    works, blocks, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, scale,
+    works, blocks, light, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, scale,
     STAGES: gl.constexpr, SETS: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr,
     EMPTY_IS_ZERO: gl.constexpr,
 ):  # fmt: skip
@@ -51,7 +53,7 @@ def attend_kernel(
     fence_async_shared()
     edges = (n_rows, n_cols, upper, lower, sinks, prefix)
     rings = (queries, keys, values, narrow_keys, narrow_values)
-    share = (works, blocks, heads, group)
+    share = (works, blocks, light, heads, group)
     block: gl.constexpr = k_desc.block_shape[2]
     results = (o_desc, lse_ptr, log_sum_ptr)
     descs = (q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc)
@@ -73,18 +75,17 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
     """The loading warp group."""
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc = descs
     queries, keys, values, narrow_keys, narrow_values = rings
-    works, blocks, heads, group = share
+    works, blocks, light, heads, group = share
     sets: gl.constexpr = queries[0].shape[0] // 2
-    turn, n = 0, 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        b, h, first = place_queries(work, blocks, heads)
+    n = 0
+    for turn in range(0, turns_of(works)):
+        b, h, first = place_queries(work_of(turn), works, blocks, light, heads)
         for half in gl.static_range(2):
             fetch(q_desc, b, h, first + half * ROWS, queries, turn % sets * 2 + half, turn // sets & 1)
         n = produce_keys(
             k_desc, v_desc, narrow_k_desc, narrow_v_desc, keys, values, narrow_keys, narrow_values,
             b, h // group, first, turn, n, edges, BLOCK, WINDOWED, HEAD,
         )  # fmt: skip
-        turn += 1
 
 
 @gluon.jit
@@ -95,7 +96,7 @@ def _compute(
     """A computing warp group: one half of the queries of each piece of work."""
     o_desc, lse_ptr, log_sum_ptr = results
     queries, keys, values, narrow_keys, narrow_values = rings
-    works, blocks, heads, group = share
+    works, blocks, light, heads, group = share
     n_rows = edges[0]
     WIDTH: gl.constexpr = o_desc.block_shape[3]
     dtype: gl.constexpr = o_desc.dtype
@@ -105,9 +106,9 @@ def _compute(
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     stages: gl.constexpr = keys[0].shape[0]
     sets: gl.constexpr = queries[0].shape[0] // 2
-    turn, n = 0, 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        b, h, first = place_queries(work, blocks, heads)
+    n = 0
+    for turn in range(0, turns_of(works)):
+        b, h, first = place_queries(work_of(turn), works, blocks, light, heads)
         head, more, start, count = keys_of(first, edges, BLOCK, WINDOWED, HEAD)
         mine = first + half * ROWS
         rows = mine + gl.arange(0, ROWS, BY_ROW)
@@ -178,7 +179,6 @@ def _compute(
         gl.store(log_sum_ptr + at, log_sum, mask=rows < n_rows)
         tma.store_wait(pendings=0)
         mbarrier.arrive(queries[2].index(place), count=1)
-        turn += 1
 
 
 @gluon.jit

@@ -15,13 +15,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from attnopt.kernels.streaming.triton_hopper_parts import NUMBERS, ROWS, fetch, make_ring
+from attnopt.kernels.streaming.triton_hopper_parts import (
+    NUMBERS,
+    ROWS,
+    block_of,
+    fetch,
+    make_ring,
+    turns_of,
+    work_of,
+)
 
 
 @gluon.jit(do_not_specialize=(*NUMBERS, "kv_heads", "parts", "summed", "done"))
 def keys_kernel(
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, tail_desc, delta_desc, far_dk_ptr, far_dv_ptr,
-    works, blocks, kv_heads, group, n_rows, n_cols, upper, lower, sinks, prefix, parts, summed, done, unit, factor,
+    works, blocks, light, kv_heads, group, n_rows, n_cols, upper, lower, sinks, prefix,
+    parts, summed, done, unit, factor,
     STAGES: gl.constexpr, SETS: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """dk, dv; far_dk, far_dv (B * Hkv, parts, summed, .) fp32: what else is sent to the first `summed` keys.
@@ -39,7 +48,7 @@ def keys_kernel(
     fence_async_shared()
     edges = (n_rows, n_cols, upper, lower, sinks, prefix)
     rings = (keys, values, queries, upstream, tails, deltas)
-    share = (works, blocks, kv_heads, group)
+    share = (works, blocks, light, kv_heads, group)
     block: gl.constexpr = q_desc.block_shape[2]
     results = (dk_desc, dv_desc)
     far = (far_dk_ptr, far_dv_ptr, parts, summed, done)
@@ -68,13 +77,12 @@ def _seen(first, count: gl.constexpr, edges, WINDOWED: gl.constexpr):
 
 
 @gluon.jit
-def _place(work, blocks, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexpr):
-    """(bh, first key, start, stop, tiles): the queries of one head that see some of 128 keys."""
-    bh, first = work // blocks, work % blocks * (2 * ROWS)
+def _tiles(first, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexpr):
+    """(start, stop, tiles): the queries of one head that see some of the 128 keys from `first` on."""
     start, stop = _seen(first, 2 * ROWS, edges, WINDOWED)
     # The numbers of a tile come by TMA, whose innermost coordinate has to lie at 16 bytes.
     start = start // BLOCK * BLOCK
-    return bh, first, start, stop, gl.cdiv(gl.maximum(stop - start, 0), BLOCK)
+    return start, stop, gl.cdiv(gl.maximum(stop - start, 0), BLOCK)
 
 
 @gluon.jit
@@ -82,12 +90,14 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
     """The loading warp group."""
     q_desc, do_desc, k_desc, v_desc, tail_desc, delta_desc = descs
     keys, values, queries, upstream, tails, deltas = rings
-    works, blocks, kv_heads, group = share
+    works, blocks, light, kv_heads, group = share
     stages: gl.constexpr = queries[0].shape[0]
     sets: gl.constexpr = keys[0].shape[0] // 2
-    turn, n = 0, 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        bh, first, start, stop, tiles = _place(work, blocks, edges, BLOCK, WINDOWED)
+    n = 0
+    for turn in range(0, turns_of(works)):
+        bh, block = block_of(work_of(turn), works, blocks, light)
+        first = block * (2 * ROWS)
+        start, stop, tiles = _tiles(first, edges, BLOCK, WINDOWED)
         b, kv_head = bh // kv_heads, bh % kv_heads
         for half in gl.static_range(2):
             mine, phase = turn % sets * 2 + half, turn // sets & 1
@@ -101,7 +111,6 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
                 _fetch_with(q_desc, tail_desc, b, h, bh * group + g, row, queries, tails, stage, phase)
                 _fetch_with(do_desc, delta_desc, b, h, bh * group + g, row, upstream, deltas, stage, phase)
                 n += 1
-        turn += 1
 
 
 @gluon.jit
@@ -121,15 +130,17 @@ def _compute(
     """A computing warp group: one half of the keys of each piece of work."""
     dk_desc, dv_desc = results
     keys, values, queries, upstream, tails, deltas = rings
-    works, blocks, kv_heads, group = share
+    works, blocks, light, kv_heads, group = share
     WIDTH: gl.constexpr = dk_desc.block_shape[3]
     dtype: gl.constexpr = dk_desc.dtype
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     sets: gl.constexpr = keys[0].shape[0] // 2
     tile_rings = (queries, upstream, tails, deltas)
-    turn, n = 0, 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        bh, first, start, stop, tiles = _place(work, blocks, edges, BLOCK, WINDOWED)
+    n = 0
+    for turn in range(0, turns_of(works)):
+        bh, block = block_of(work_of(turn), works, blocks, light)
+        first = block * (2 * ROWS)
+        start, stop, tiles = _tiles(first, edges, BLOCK, WINDOWED)
         mine = first + half * ROWS
         skip, end = _own_tiles(mine, start, stop, tiles, edges, BLOCK, WINDOWED)
         full_start, full_stop = _full_rows(mine, stop, far[4], edges, WINDOWED)
@@ -164,7 +175,6 @@ def _compute(
         tma.store_wait(pendings=0)
         mbarrier.arrive(keys[2].index(at), count=1)
         mbarrier.arrive(values[2].index(at), count=1)
-        turn += 1
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ ROWS = gl.constexpr(64)
 NARROW = gl.constexpr(16)
 #: Numbers that change with the lengths: no kernel is compiled anew because one is 1, or a multiple of 16.
 NUMBERS = (
-    "works", "blocks", "heads", "group", "n_rows", "n_cols", "upper", "lower", "sinks", "prefix", "unit",
+    "works", "blocks", "light", "heads", "group", "n_rows", "n_cols", "upper", "lower", "sinks", "prefix", "unit",
 )  # fmt: skip
 
 
@@ -43,10 +43,40 @@ def fetch(desc, b, h, row, ring, stage, phase):
 
 
 @gluon.jit
-def place_queries(work, blocks, heads):
+def work_of(turn):
+    """The number of this program's piece of work in its n-th turn: programs are served to and fro.
+
+    Pieces become smaller with their numbers, so who gets the larger ones in one turn gets the smaller ones in the next.
+    """
+    place, programs = gl.program_id(0), gl.num_programs(0)
+    return turn * programs + gl.where(turn % 2 == 0, place, programs - 1 - place)
+
+
+@gluon.jit
+def turns_of(works):
+    """How many pieces of work this program takes."""
+    full = works // gl.num_programs(0)
+    return full + gl.where(work_of(full) < works, 1, 0)
+
+
+@gluon.jit
+def block_of(work, works, blocks, light):
+    """(line, block) of a piece of work: first the blocks before the last `light` of each line, one line after another.
+
+    Of those left, with less to do the later they come, all lines' first, then all lines' second, and so on.
+    """
+    lines, heavy = works // blocks, blocks - light
+    late = work - lines * heavy
+    some = gl.maximum(heavy, 1)
+    line = gl.where(late < 0, work // some, late % lines)
+    return line, gl.where(late < 0, work % some, heavy + late // lines)
+
+
+@gluon.jit
+def place_queries(work, works, blocks, light, heads):
     """(b, h, first row) of a piece of work: 128 queries of a head; later ones, which may see more keys, first."""
-    bh = work // blocks
-    return bh // heads, bh % heads, (blocks - 1 - work % blocks) * (2 * ROWS)
+    bh, block = block_of(work, works, blocks, light)
+    return bh // heads, bh % heads, (blocks - 1 - block) * (2 * ROWS)
 
 
 @gluon.jit

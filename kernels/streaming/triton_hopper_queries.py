@@ -22,18 +22,24 @@ from attnopt.kernels.streaming.triton_hopper_parts import (
     place_queries,
     produce_keys,
     tile_of_keys,
+    turns_of,
+    work_of,
 )
+
+_LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def queries_kernel(
     q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, dq_desc, delta_ptr, tail_ptr,
-    near_dk_ptr, near_dv_ptr,
-    works, blocks, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, factor,
+    o_ptr, lse_ptr, near_dk_ptr, near_dv_ptr,
+    works, blocks, light, heads, group, n_rows, n_cols, upper, lower, sinks, prefix, unit, factor,
     STAGES: gl.constexpr, SETS: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr, SUMS: gl.constexpr,
+    ROWS_KNOWN: gl.constexpr,
 ):  # fmt: skip
     """dq. HEAD: "none", "narrow" (a tile of 16 columns) or "tiles"; SETS as in the forward.
 
+    delta and tail (B, H, Sq) fp32; unless ROWS_KNOWN they are made here, from o (B, H, Sq, D) and lse, all contiguous.
     near_dk, near_dv (works, 2, head, .) fp32, with SUMS: what each 64 queries send to the keys of a narrow tile.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -49,16 +55,22 @@ def queries_kernel(
     edges = (n_rows, n_cols, upper, lower, sinks, prefix)
     rings = (queries, upstream, keys, values, narrow_keys, narrow_values)
     results = (dq_desc, notes, near_dk_ptr, near_dv_ptr)
-    share = (works, blocks, heads, group)
+    share = (works, blocks, light, heads, group)
     block: gl.constexpr = k_desc.block_shape[2]
-    rows = (delta_ptr, tail_ptr)
+    rows = (delta_ptr, tail_ptr, o_ptr, lse_ptr)
     descs = (q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc)
     first_half: gl.constexpr = 0
     second_half: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_compute, (first_half, results, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD, SUMS)),
-            (_compute, (second_half, results, rows, rings, share, edges, unit, factor, block, WINDOWED, HEAD, SUMS)),
+            (_compute, (
+                first_half, results, rows, rings, share, edges, unit, factor, block,
+                WINDOWED, HEAD, SUMS, ROWS_KNOWN,
+            )),
+            (_compute, (
+                second_half, results, rows, rings, share, edges, unit, factor, block,
+                WINDOWED, HEAD, SUMS, ROWS_KNOWN,
+            )),
             (_load, (descs, rings, share, edges, block, WINDOWED, HEAD)),
         ],
         [4, 4],
@@ -71,11 +83,11 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
     """The loading warp group."""
     q_desc, do_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc = descs
     queries, upstream, keys, values, narrow_keys, narrow_values = rings
-    works, blocks, heads, group = share
+    works, blocks, light, heads, group = share
     sets: gl.constexpr = queries[0].shape[0] // 2
-    turn, n = 0, 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        b, h, first = place_queries(work, blocks, heads)
+    n = 0
+    for turn in range(0, turns_of(works)):
+        b, h, first = place_queries(work_of(turn), works, blocks, light, heads)
         for half in gl.static_range(2):
             place, phase = turn % sets * 2 + half, turn // sets & 1
             fetch(q_desc, b, h, first + half * ROWS, queries, place, phase)
@@ -84,20 +96,20 @@ def _load(descs, rings, share, edges, BLOCK: gl.constexpr, WINDOWED: gl.constexp
             k_desc, v_desc, narrow_k_desc, narrow_v_desc, keys, values, narrow_keys, narrow_values,
             b, h // group, first, turn, n, edges, BLOCK, WINDOWED, HEAD,
         )  # fmt: skip
-        turn += 1
 
 
 @gluon.jit
 def _compute(
     half: gl.constexpr, results, pointers, rings, share, edges, unit, factor,
     BLOCK: gl.constexpr, WINDOWED: gl.constexpr, HEAD: gl.constexpr, SUMS: gl.constexpr,
+    ROWS_KNOWN: gl.constexpr,
 ):  # fmt: skip
     """A computing warp group: one half of the queries of each piece of work."""
-    delta_ptr, tail_ptr = pointers
+    delta_ptr, tail_ptr, o_ptr, lse_ptr = pointers
     dq_desc, notes, near_dk_ptr, near_dv_ptr = results
     sums = (notes, near_dk_ptr, near_dv_ptr)
     queries, upstream, keys, values, narrow_keys, narrow_values = rings
-    works, blocks, heads, group = share
+    works, blocks, light, heads, group = share
     n_rows = edges[0]
     WIDTH: gl.constexpr = dq_desc.block_shape[3]
     dtype: gl.constexpr = dq_desc.dtype
@@ -107,24 +119,33 @@ def _compute(
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     stages: gl.constexpr = keys[0].shape[0]
     sets: gl.constexpr = queries[0].shape[0] // 2
-    turn, n = 0, 0
-    for work in range(gl.program_id(0), works, gl.num_programs(0)):
-        b, h, first = place_queries(work, blocks, heads)
+    n = 0
+    for turn in range(0, turns_of(works)):
+        b, h, first = place_queries(work_of(turn), works, blocks, light, heads)
         head, more, start, count = keys_of(first, edges, BLOCK, WINDOWED, HEAD)
         mine = first + half * ROWS
         rows = mine + gl.arange(0, ROWS, BY_ROW)
         at = (b * heads + h).to(gl.int64) * n_rows + rows
-        delta = gl.load(delta_ptr + at, mask=rows < n_rows, other=0.0)
-        tail = gl.load(tail_ptr + at, mask=rows < n_rows, other=float("inf"))
+        if ROWS_KNOWN:
+            delta = gl.load(delta_ptr + at, mask=rows < n_rows, other=0.0)
+            tail = gl.load(tail_ptr + at, mask=rows < n_rows, other=float("inf"))
+        else:
+            o = _load_rows(o_ptr, b * heads + h, mine, n_rows, WIDTH)
+            lse = gl.load(lse_ptr + at, mask=rows < n_rows, other=float("-inf"))
         dq = gl.zeros([ROWS, WIDTH], gl.float32, OUT)
         place = turn % sets * 2 + half
         q = queries[0].index(place).reshape([ROWS, WIDTH])
         do = upstream[0].index(place).reshape([ROWS, WIDTH])
         mbarrier.wait(queries[1].index(place), turn // sets & 1)
         mbarrier.wait(upstream[1].index(place), turn // sets & 1)
+        if not ROWS_KNOWN:
+            delta, tail = _know_rows(o, do, lse)
+            gl.store(delta_ptr + at, delta, mask=rows < n_rows)
+            gl.store(tail_ptr + at, tail, mask=rows < n_rows)
         if HEAD == "narrow":
+            piece = ((b * heads + h) * blocks + first // (2 * ROWS)) * 2 + half
             dq = _visit_narrow(
-                dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, turn & 1, sums, work * 2 + half, half,
+                dq, q, do, rows, delta, tail, head, narrow_keys, narrow_values, turn & 1, sums, piece, half,
                 edges, unit, WEIGHTS, dtype, WINDOWED, SUMS,
             )  # fmt: skip
         for t in range(0, count):
@@ -141,6 +162,8 @@ def _compute(
             if partial:
                 x = hide_in_tile(x, rows, column, limit, edges, WINDOWED, HEAD)
             weights = gl.exp2(x * unit - gl.expand_dims(tail, 1))
+            # It is there already. Without a wait here ptxas takes the exponentials after dp instead of beside it.
+            mbarrier.wait(values[1].index(stage), phase)
             dp = warpgroup_mma_wait(0, deps=[dp_running])
             mbarrier.arrive(values[2].index(stage), count=1)
             ds = (weights * (dp - gl.expand_dims(delta, 1))).to(dtype)
@@ -153,7 +176,25 @@ def _compute(
         tma.store_wait(pendings=0)
         mbarrier.arrive(upstream[2].index(place), count=1)
         mbarrier.arrive(queries[2].index(place), count=1)
-        turn += 1
+
+
+@gluon.jit
+def _load_rows(ptr, bh, first, n_rows, WIDTH: gl.constexpr):
+    """64 rows of one head of a contiguous (B, H, S, D), each shared by a few threads; zero where there are none."""
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    rows = gl.expand_dims(first + gl.arange(0, ROWS, gl.SliceLayout(1, SPREAD)), 1)
+    cols = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, SPREAD)), 0)
+    at = (bh.to(gl.int64) * n_rows + rows) * WIDTH + cols
+    return gl.load(ptr + at, mask=(rows < n_rows) & (at >= 0), other=0.0)
+
+
+@gluon.jit
+def _know_rows(o, do, lse):
+    """(delta, tail) of 64 queries; an empty row gets a tail of +inf, so that it weighs nothing."""
+    products = o.to(gl.float32) * do.load(o.type.layout).to(gl.float32)
+    empty = lse == float("-inf")
+    delta = gl.where(empty, 0.0, gl.convert_layout(gl.sum(products, 1), lse.type.layout))
+    return delta, gl.where(empty, float("inf"), lse * _LOG2E)
 
 
 @gluon.jit

@@ -38,9 +38,13 @@ def check(structure: Structure, sq: int, sk: int, kv_heads: int = 1, group: int 
     exact = c.to(torch.float64)
     answer = triton_hopper.launch(c.problem)
     assert_same(answer.o, exact.plain(), c.plain())
-    delta = (answer.o * do).float().sum(-1)
+    delta = (answer.o.float() * do.float()).sum(-1)
     tail = torch.where(answer.lse.isneginf(), torch.inf, answer.lse / math.log(2))
-    dq, near = triton_hopper.queries(c.problem, do, delta, tail)
+    made = torch.full_like(delta, torch.nan), torch.full_like(tail, torch.nan)
+    dq, near = triton_hopper.queries(c.problem, do, *made, answer)
+    torch.testing.assert_close(made, (delta, tail), atol=1e-5, rtol=1e-5)
+    assert torch.equal(dq, triton_hopper.queries(c.problem, do, *made)[0])
+    delta, tail = made
     found = [dq]
     if triton_hopper.serves_keys(c.problem):
         sums, done = near or beyond_the_window(exact, do.double()), c.problem.reach.head if near else 0
