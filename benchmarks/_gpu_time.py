@@ -1,10 +1,14 @@
 """Times on a GPU that every benchmark takes in the same way: replays of CUDA graphs, and what a copy reaches."""
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
 from triton.testing import do_bench
+
+#: Seconds of rest before a contender's turn: at its power limit a card is slower for whoever follows a hot one.
+REST = 0.1
 
 
 def replayed(once: Callable[[], object], inner: int = 3, repeat: int = 9) -> dict[str, float]:
@@ -23,6 +27,8 @@ def replayed_in_turn(
     graphs = [_captured(once, inner, pool) for once in calls]
     for graph in graphs:
         graph.replay()
+    torch.cuda.synchronize()
+    time.sleep(REST)
     rounds = [[timed(graph.replay) / inner for graph in graphs] for _ in range(repeat)]
     return [
         {"ms": median(times), "ms_min": min(times), "ms_max": max(times)}

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from attnopt.kernels.sparq.plain import Decision, approximate, attend_to, decide
 from attnopt.kernels.sparq.request import Request
-from attnopt.kernels.sparq.tiles import Tiles, choose_tiles
+from attnopt.kernels.sparq.tiles import Tiles, choose_tiles, power_of_two, weight_block
 from attnopt.kernels.sparq.triton_decode import choose, decode, score_positions, served
-from attnopt.kernels.sparq.triton_score import Token, choose_channels
+from attnopt.kernels.sparq.triton_start import Token, choose_channels
 
 Row = dict[str, Any]
 
@@ -94,11 +94,16 @@ def token_of(request: Request) -> Token:
 
 
 def versions(request: Request) -> dict[str, Tiles]:
-    """The ways to make a step that are compared: logits written, or only bounds of them; launches apart, or early."""
-    found = {"stored": replace(choose_tiles(request), bounded=False, early=False)}
+    """The ways to make a step that are compared: logits written or bounds of them; launches apart, early, or joined."""
+    apart = {"bounded": False, "early": False, "start_joined": False, "end_joined": False, "ticket": False}
+    usual = choose_tiles(request)
+    found = {"stored": replace(usual, weight_block=weight_block(power_of_two(request.group)), **apart)}
+    joined = {"joined, early": replace(found["stored"], start_joined=True, end_joined=True, early=True)}
+    if request.group > 1:
+        joined["ticket, early"] = replace(usual, bounded=False, start_joined=True, ticket=True, early=True)
     if request.group > 1 and not request.mean_value:
         found["bounded"] = replace(found["stored"], bounded=True)
-    return found | {f"{name}, early": replace(tiles, early=True) for name, tiles in found.items()}
+    return found | {f"{name}, early": replace(tiles, early=True) for name, tiles in found.items()} | joined
 
 
 def check(shape: Shape, dtype: torch.dtype) -> Row:

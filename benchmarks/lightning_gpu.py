@@ -103,43 +103,41 @@ def call_of(
     return lambda: torch.autograd.grad(contender.run(*leaves), leaves, d_out)
 
 
-def time_one(contender: Contender, *, with_backward: bool) -> dict[str, float]:
-    """Times, and the MiB that one call needs beyond its inputs."""
-    once = call_of(contender, with_backward=with_backward)
-    once()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    once()
-    torch.cuda.synchronize()
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-    called = do_bench(once, warmup=10, rep=40, return_mode="median")
-    return {**replayed(once), "called_ms": called, "extra_mib": extra}
-
-
 def time_or_error(contender: Contender, *, with_backward: bool) -> dict[str, object]:
-    """`time_one`; out of memory and launch errors become data."""
+    """Times in a graph and outside, and the MiB that a call needs beyond its inputs.
+
+    Out of memory and launch errors become data.
+    """
     try:
-        return dict(time_one(contender, with_backward=with_backward))
+        once = call_of(contender, with_backward=with_backward)
+        once()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once()
+        torch.cuda.synchronize()
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+        called = do_bench(once, warmup=10, rep=40, return_mode="median")
+        return {**replayed(once), "called_ms": called, "extra_mib": extra}
     except RuntimeError as error:
         return {"error": str(error).splitlines()[0]}
 
 
 def time_shape(batch: int, length: int, heads: int, rate: float) -> list[dict[str, object]]:
     """One row a direction and contender; a peer that fails is recorded with its error."""
+    found = contenders(batch, length, heads)
     rows = []
-    for name, contender in contenders(batch, length, heads).items():
-        for with_backward in (False, True):
-            row = {"shape": f"B{batch} N{length} H{heads} D128", "name": name, "backward": with_backward}
-            row |= time_or_error(contender, with_backward=with_backward)
+    for with_backward in (False, True):
+        shared = {"shape": f"B{batch} N{length} H{heads} D128", "backward": with_backward}
+        floor = PASSES[with_backward] * found["attnopt"].given[0].nbytes / rate * 1e3
+        for name, contender in found.items():
+            row = {"name": name, **shared, **time_or_error(contender, with_backward=with_backward)}
             if "ms" in row:
-                floor = PASSES[with_backward] * contender.given[0].nbytes / rate * 1e3
                 row["share_of_copy"] = floor / row["ms"]
             rows.append(row)
             print(row, flush=True)
-        if name == "attnopt":
-            rows[-1]["error_first_rows"] = error_of(contender)
-    torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+    rows[0]["error_first_rows"] = error_of(found["attnopt"])
     return rows
 
 

@@ -35,14 +35,9 @@ from attnopt.kernels.sparq.tiles import Tiles, choose_tiles
 from attnopt.kernels.sparq.triton_attend import attend
 from attnopt.kernels.sparq.triton_bound import bound_runs, bounded_weights
 from attnopt.kernels.sparq.triton_decode import choose, decode, score_positions
-from attnopt.kernels.sparq.triton_score import (
-    Channels,
-    approximate_logits,
-    choose_channels,
-    group_weights,
-    row_logits,
-)
+from attnopt.kernels.sparq.triton_score import approximate_logits, group_weights, row_logits
 from attnopt.kernels.sparq.triton_select import sort_positions
+from attnopt.kernels.sparq.triton_start import Channels, choose_channels
 
 #: The shapes for which a ratio to dense attention is to be reached, and that ratio.
 WANTED = {
@@ -125,8 +120,7 @@ def compared(shape: Shape) -> Row:
 def phases(shape: Shape) -> Row:
     """Milliseconds of each launch of one step, and of torch.topk in the place of the choice."""
     request = request_of(shape, torch.bfloat16)
-    tiles, token = choose_tiles(request), token_of(request)
-    stored = replace(tiles, bounded=False)
+    stored, token = versions(request)["stored"], token_of(request)
     channels = choose_channels(request, token)
     scores, weights = score_positions(request, channels, stored)
     choice = choose(request, weights, stored)
@@ -140,11 +134,11 @@ def phases(shape: Shape) -> Row:
         "open_runs": math.nan,
         "choose": graphed(lambda: choose(request, weights, stored).positions),
         "torch_topk": graphed(lambda: sort_positions(request, weights).positions),
-        "attend": graphed(lambda: attend(request, choice, scores, tiles)),
+        "attend": graphed(lambda: attend(request, choice, scores, stored)),
     }
     if request.group == 1:
-        return {**row, "logits": graphed(lambda: row_logits(request, channels, tiles)[1].best)}
-    return row | _of_groups(request, channels, replace(tiles, bounded=True))
+        return {**row, "logits": graphed(lambda: row_logits(request, channels, stored)[1].best)}
+    return row | _of_groups(request, channels, replace(stored, bounded=True))
 
 
 def _of_groups(request: Request, channels: Channels, tiles: Tiles) -> Row:

@@ -10,8 +10,9 @@ from torch import Tensor
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles
 from attnopt.kernels.sparq.triton_decode import choose, score_positions, served
-from attnopt.kernels.sparq.triton_score import Scores, choose_channels
+from attnopt.kernels.sparq.triton_score import Scores
 from attnopt.kernels.sparq.triton_select import Chosen, Weights
+from attnopt.kernels.sparq.triton_start import choose_channels
 
 #: Small enough to interpret, and several splits, parts and tiles to every axis of the cases.
 SMALL = Tiles(block=16, split=32, row_block=16, weight_block=32, run=16, chosen_block=16, chosen_split=16)
@@ -20,11 +21,11 @@ DOTS = replace(SMALL, dot_heads=1)
 
 
 def scored(request: Request, tiles: Tiles = SMALL) -> tuple[Scores, Weights]:
-    return score_positions(request, choose_channels(request), tiles)
+    return score_positions(request, choose_channels(request), replace(tiles, early=False))
 
 
 def choice_of(request: Request, tiles: Tiles = SMALL) -> Chosen:
-    request = served(request, tiles)
+    request, tiles = served(request, tiles), replace(tiles, early=False)
     return choose(request, scored(request, tiles)[1], tiles)
 
 

@@ -57,7 +57,7 @@ def sparq_step(
     q: (B, H, 1, D); new_k: (B, Hkv, 1, D); new_v: (B, Hkv, 1, Dv); the buffers as in `sparq_append`, the choices and
     the result, (B, H, 1, Dv) in q's dtype, as in `sparq_attention`. `lengths` counts the tokens before this one and
     stays as it is, so that all layers of a model can share one tensor of lengths, advanced once a step. On a GPU the
-    step is four launches (five where heads share keys), none of which the host waits for; a token for which there is no
+    step is two to five launches, none of which the host waits for; a token for which there is no
     room is not written there, and on the CPU it raises.
 
     Raises ShapeError, OptionError and UnsupportedError as the two functions do.
@@ -126,7 +126,7 @@ def _step(
             append(Buffers(*held), new_k, new_v)
             return request.output().zero_() if request.is_empty else steps.decode(request.masked())
         from attnopt.kernels.sparq.triton_decode import decode
-        from attnopt.kernels.sparq.triton_score import Token
+        from attnopt.kernels.sparq.triton_start import Token
 
         return decode(request, token=Token(new_k, new_v))
 

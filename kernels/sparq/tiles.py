@@ -21,6 +21,13 @@ MOST_BOUNDS = 16384
 #: The most weights that one program can choose from; above it torch chooses.
 MOST_CANDIDATES = 32768
 
+#: Groups times positions up to which launches are joined: there their starts and ends count for more than the programs
+#: that joining takes away. On an H100 5.8 % less at 2**22, 1.9 % more at 2**24 (docs/perf-log.md).
+FEW_POSITIONS = 2**22
+#: Groups that share keys for which the last program to weigh positions ends the step; the programs that weigh, all of
+#: which are to run at once, and the most scores that one of them then holds.
+FEW_GROUPS, TICKETS, MOST_TICKETED = 16, 256, 16384
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
@@ -34,6 +41,9 @@ class Tiles:
     narrow: the most positions at or above the bar of the runs that are searched by themselves, or else all of the best
     runs are. bounded: heads that share keys write no logits, only bounds of each run; bound_split, open_split:
     positions in a program that writes bounds, and in one that weighs what they leave open. early: launches may overlap.
+    start_joined: the launch of the logits or bounds appends the token and chooses the channels, each program for
+    itself. end_joined: the program that chooses a group's positions attends to them, where they are one part.
+    ticket: so does the last program that weighs positions of a group, which chooses too.
     """
 
     block: int = BLOCK
@@ -50,6 +60,9 @@ class Tiles:
     bound_split: int = 4096
     open_split: int = 2048
     early: bool = False
+    start_joined: bool = False
+    end_joined: bool = False
+    ticket: bool = False
 
 
 def choose_tiles(request: Request) -> Tiles:
@@ -59,9 +72,12 @@ def choose_tiles(request: Request) -> Tiles:
     parts = min(MOST_PARTS, max(1, programs // groups))
     is_wide = max(request.q.shape[3], request.v.shape[3]) > 128
     heads = 1 << (request.group - 1).bit_length()
+    ticketed_block = _part(sk, max(1, TICKETS // groups), least=weight_block(heads))
+    is_joined = groups * sk <= FEW_POSITIONS
+    has_ticket = is_joined and 1 < heads <= MOST_TICKETED // ticketed_block and groups <= FEW_GROUPS
     return Tiles(
         split=_part(sk, parts, least=512 if request.group > 1 else 1024),
-        weight_block=max(16, min(1024, MOST_SCORES // heads)),
+        weight_block=ticketed_block if has_ticket else weight_block(heads),
         run=_run(sk, min(request.topk, sk), most=min(1024, MOST_SCORES // heads)),
         chosen_block=32 if is_wide else 128 if request.group > 1 and request.q.itemsize < 4 else 64,
         chosen_split=_part(min(request.topk, sk), parts, least=256),
@@ -69,7 +85,16 @@ def choose_tiles(request: Request) -> Tiles:
         bound_split=_part(sk, min(MOST_PARTS, max(1, BOUND_PROGRAMS // groups)), least=1024),
         open_split=_part(sk, parts, least=512),
         bounded=request.group > 1 and groups * heads * sk >= MANY_LOGITS and sk >= 4 * request.topk * BLOCK,
+        early=has_ticket or (is_joined and request.group == 1),
+        start_joined=is_joined,
+        end_joined=is_joined,
+        ticket=has_ticket,
     )
+
+
+def weight_block(heads: int) -> int:
+    """Positions in a program of the weights kernel where each has the scores of so many heads, a power of two."""
+    return max(16, min(1024, MOST_SCORES // heads))
 
 
 def ordered(*, early: bool) -> dict[str, bool]:

@@ -5,6 +5,7 @@ them leaves its unfinished sums, which a second launch adds up in order, unless 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,8 +16,9 @@ from attnopt.kernels._triton import await_launch, dot, dot_precision, next_power
 from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles, ordered
-from attnopt.kernels.sparq.triton_score import LOG2E, Scores, as_bytes, softmax_of_splits, strides_of
+from attnopt.kernels.sparq.triton_score import Scores, as_bytes, softmax_of_splits
 from attnopt.kernels.sparq.triton_select import Chosen, range_of
+from attnopt.kernels.sparq.triton_start import LOG2E, strides_of
 
 #: Channels that are summed one after the other in fp32, as multiply-adds do; above it the rounding errors add up.
 EXACT_CHUNK = 32
@@ -27,39 +29,32 @@ def attend(request: Request, choice: Chosen | None, scores: Scores | None, tiles
 
     The mean value is blended in when the request asks for it and there are scores to weigh it with.
     """
-    q, k, v, kept, group = request.q, request.k, request.v, request.kept, request.group
+    kept, k, group = request.kept, request.k, request.group
     positions = None if choice is None else choice.positions
     groups, chosen = k.shape[0] * k.shape[1], k.shape[2] if positions is None else positions.shape[1]
     parts = triton.cdiv(chosen, tiles.chosen_split)
-    rest = _Rest.of(request, choice, scores)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    rest, out = Rest.of(request, choice, scores), request.output()
     partial = _Partial.of(out, groups, parts, group) if parts > 1 else _Partial()
-    d_pad, dv_pad = next_power_of_two(q.shape[3]), next_power_of_two(v.shape[3])
-    sizes = {"G_PAD": next_power_of_two(group), "DV_PAD": dv_pad}
-    flags = {"BLEND": rest.mean is not None, **ordered(early=tiles.early)}
     _attend[(groups, parts)](
-        q, k, v, as_bytes(kept), positions, rest.logits, rest.part_max, rest.part_sum, rest.mean, rest.there, out,
-        request.starts, request.lengths, partial.acc, partial.top, partial.total, partial.covered,
-        q.stride(0), q.stride(1), q.stride(3), *k.stride(), *v.stride(), *strides_of(kept, 2),
-        *strides_of(rest.mean, 3),
-        k.shape[1], group, q.shape[3], v.shape[3], k.shape[2], chosen, tiles.chosen_split, rest.splits, request.grown,
-        request.scale,
-        HAS_POSITIONS=positions is not None, IS_WHOLE=parts == 1, **sizes, **flags,
-        D_PAD=d_pad, CHUNK=d_pad if q.itemsize < 4 else min(d_pad, EXACT_CHUNK),
-        SPLITS_PAD=triton.next_power_of_2(rest.splits),
-        BLOCK=tiles.chosen_block, PRECISION=dot_precision(q.dtype),
-        num_warps=8 if q.itemsize * max(q.shape[3], v.shape[3]) > 512 else 4,
+        *pointers(request, rest, out), as_bytes(kept), positions, request.starts, request.lengths,
+        partial.acc, partial.top, partial.total, partial.covered,
+        *strides(request, rest), *strides_of(kept, 2),
+        *numbers(request, rest), chosen, tiles.chosen_split, request.grown,
+        HAS_POSITIONS=positions is not None, IS_WHOLE=parts == 1, **sizes(request, rest, tiles),
+        **ordered(early=tiles.early), num_warps=8 if _is_heavy(request) else 4,
     )  # fmt: skip
     if parts > 1:
         _merge[(groups,)](
             partial.acc, partial.top, partial.total, partial.covered, rest.mean, rest.there, out,
-            *strides_of(rest.mean, 3), k.shape[1], group, v.shape[3], chosen, parts, **sizes, **flags,
+            *strides_of(rest.mean, 3), k.shape[1], group, out.shape[3], chosen, parts,
+            G_PAD=next_power_of_two(group), DV_PAD=next_power_of_two(out.shape[3]), BLEND=rest.mean is not None,
+            **ordered(early=tiles.early),
         )  # fmt: skip
     return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rest:
+class Rest:
     """What blending in the mean value needs, or nothing of it; there (P,) says whether any position is left out."""
 
     mean: Tensor | None = None
@@ -70,11 +65,44 @@ class _Rest:
     splits: int = 1
 
     @staticmethod
-    def of(request: Request, choice: Chosen | None, scores: Scores | None) -> "_Rest":
+    def of(request: Request, choice: Chosen | None, scores: Scores | None) -> "Rest":
         if scores is None or choice is None or not request.mean_value:
-            return _Rest()
+            return Rest()
         mean, splits = steps.mean_of_values(request), scores.part_max.shape[1]
-        return _Rest(mean, choice.there, scores.logits, scores.part_max, scores.part_sum, splits)
+        return Rest(mean, choice.there, scores.logits, scores.part_max, scores.part_sum, splits)
+
+
+def pointers(request: Request, rest: Rest, out: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `attend_part`, in its order, as the next three."""
+    held = (rest.logits, rest.part_max, rest.part_sum, rest.mean, rest.there)
+    return (request.q, request.k, request.v, *held, out)
+
+
+def strides(request: Request, rest: Rest) -> tuple[int, ...]:
+    """Of queries, keys, values and their mean."""
+    q = request.q.stride()
+    return (q[0], q[1], q[3], *request.k.stride(), *request.v.stride(), *strides_of(rest.mean, 3))
+
+
+def numbers(request: Request, rest: Rest) -> tuple[float, ...]:
+    """Sizes known at launch."""
+    _, kv_heads, sk, d = request.k.shape
+    return kv_heads, request.group, d, request.v.shape[3], sk, rest.splits, request.scale
+
+
+def sizes(request: Request, rest: Rest, tiles: Tiles) -> dict[str, Any]:
+    """Sizes known when compiled."""
+    d_pad, is_small = next_power_of_two(request.q.shape[3]), request.q.itemsize < 4
+    return {
+        "G_PAD": next_power_of_two(request.group), "DV_PAD": next_power_of_two(request.v.shape[3]),
+        "BLEND": rest.mean is not None, "D_PAD": d_pad, "CHUNK": d_pad if is_small else min(d_pad, EXACT_CHUNK),
+        "SPLITS_PAD": triton.next_power_of_2(rest.splits), "BLOCK": tiles.chosen_block,
+        "PRECISION": dot_precision(request.q.dtype),
+    }  # fmt: skip
+
+
+def _is_heavy(request: Request) -> bool:
+    return request.q.itemsize * max(request.q.shape[3], request.v.shape[3]) > 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,17 +122,37 @@ class _Partial:
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, kept_ptr, positions_ptr, logits_ptr, max_ptr, sum_ptr, mean_ptr, there_ptr, out_ptr,
-    starts_ptr, lengths_ptr, acc_ptr, top_ptr, total_ptr, covered_ptr,
-    q_sb, q_sh, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kept_sb, kept_sn, mean_sb, mean_sh, mean_sd,
-    kv_heads, group, d, dv, sk, chosen, split, splits, grown, scale,
+    q_ptr, k_ptr, v_ptr, logits_ptr, max_ptr, sum_ptr, mean_ptr, there_ptr, out_ptr,
+    kept_ptr, positions_ptr, starts_ptr, lengths_ptr, acc_ptr, top_ptr, total_ptr, covered_ptr,
+    q_sb, q_sh, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, mean_sb, mean_sh, mean_sd, kept_sb, kept_sn,
+    kv_heads, group, d, dv, sk, splits, scale, chosen, split, grown,
     HAS_POSITIONS: tl.constexpr, IS_WHOLE: tl.constexpr, G_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLEND: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, SPLITS_PAD: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (p, j): attention of group p over part j of its positions, finished at once when there is one part."""
     await_launch(EARLY)
-    pid, part = tl.program_id(0), tl.program_id(1)
+    attend_part(
+        q_ptr, k_ptr, v_ptr, logits_ptr, max_ptr, sum_ptr, mean_ptr, there_ptr, out_ptr,
+        kept_ptr, positions_ptr, starts_ptr, lengths_ptr, acc_ptr, top_ptr, total_ptr, covered_ptr,
+        q_sb, q_sh, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, mean_sb, mean_sh, mean_sd, kept_sb, kept_sn,
+        tl.program_id(0), tl.program_id(1), tl.num_programs(1),
+        kv_heads, group, d, dv, sk, splits, scale, chosen, split, grown,
+        HAS_POSITIONS, IS_WHOLE, G_PAD, DV_PAD, BLEND, D_PAD, CHUNK, SPLITS_PAD, BLOCK, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_part(
+    q_ptr, k_ptr, v_ptr, logits_ptr, max_ptr, sum_ptr, mean_ptr, there_ptr, out_ptr,
+    kept_ptr, positions_ptr, starts_ptr, lengths_ptr, acc_ptr, top_ptr, total_ptr, covered_ptr,
+    q_sb, q_sh, q_sd, k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, mean_sb, mean_sh, mean_sd, kept_sb, kept_sn,
+    pid, part, parts, kv_heads, group, d, dv, sk, splits, scale, chosen, split, grown,
+    HAS_POSITIONS: tl.constexpr, IS_WHOLE: tl.constexpr, G_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLEND: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of group `pid` over one part of its positions: the output if it is the only one, else its sums."""
     b, h = pid // kv_heads, pid % kv_heads
     g, e = tl.arange(0, G_PAD), tl.arange(0, DV_PAD)
     q_row = q_ptr + offset(b, q_sb) + offset(h * group + g, q_sh)[:, None]
@@ -165,7 +213,7 @@ def _attend(
             out_ptr + offset(row, dv)[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=there
         )
     else:
-        at = offset(pid * tl.num_programs(1) + part, group) + g
+        at = offset(pid * parts + part, group) + g
         tl.store(top_ptr + at, top, mask=g < group)
         tl.store(total_ptr + at, total, mask=g < group)
         tl.store(covered_ptr + at, covered, mask=g < group)

@@ -23,7 +23,7 @@ from torch import Tensor
 from attnopt.kernels._triton import await_launch, dot, dot_precision, next_power_of_two, offset
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles, ordered
-from attnopt.kernels.sparq.triton_score import Channels, new_weights, softmax_of_splits
+from attnopt.kernels.sparq.triton_score import new_weights, softmax_of_splits
 from attnopt.kernels.sparq.triton_select import (
     NEVER,
     Weights,
@@ -32,6 +32,7 @@ from attnopt.kernels.sparq.triton_select import (
     range_of,
     rank_of,
 )
+from attnopt.kernels.sparq.triton_start import Channels
 
 #: The bar is so much lower than found: two computations of a logit may differ by rounding.
 SLACK = tl.constexpr(1.0 - 2.0**-8)

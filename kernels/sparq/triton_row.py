@@ -1,4 +1,4 @@
-"""Device code of SparQ's first launches: the new token into the cache, and the logits of a head that shares no key.
+"""Device code of SparQ's logits for a head that shares no key.
 
 One head has a vector and not a matrix to multiply the channels by. So each thread carries neighbouring positions
 through all channels, in fp32: nothing is exchanged between threads before the end of a tile.
@@ -9,56 +9,40 @@ import triton.language as tl
 
 from attnopt.kernels._triton import await_launch, offset
 from attnopt.kernels.sparq.triton_select import first_local, range_of, rank_of, store_best
-
-
-@triton.jit
-def append(
-    new_k_ptr, new_v_ptr, k_ptr, v_ptr, kt_ptr, mean_ptr, starts_ptr, lengths_ptr,
-    nk_sb, nk_sh, nk_sd, nv_sb, nv_sh, nv_sd,
-    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, kt_sb, kt_sh, kt_sd, kt_sn, mean_sb, mean_sh, mean_sd,
-    b, h, d, dv, sk,
-    D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-):  # fmt: skip
-    """Writes one token at the length of batch row b, and takes its value into the running mean; nowhere beyond Sk."""
-    c, e = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    pos = tl.load(lengths_ptr + b).to(tl.int64)
-    fits = pos < sk
-    k = tl.load(new_k_ptr + offset(b, nk_sb) + offset(h, nk_sh) + offset(c, nk_sd), mask=c < d, other=0.0)
-    v = tl.load(new_v_ptr + offset(b, nv_sb) + offset(h, nv_sh) + offset(e, nv_sd), mask=e < dv, other=0.0)
-    k_at = k_ptr + offset(b, k_sb) + offset(h, k_sh) + pos * k_sn + offset(c, k_sd)
-    v_at = v_ptr + offset(b, v_sb) + offset(h, v_sh) + pos * v_sn + offset(e, v_sd)
-    tl.store(k_at, k, mask=(c < d) & fits)
-    tl.store(v_at, v, mask=(e < dv) & fits)
-    if kt_ptr is not None:
-        kt_at = kt_ptr + offset(b, kt_sb) + offset(h, kt_sh) + offset(c, kt_sd) + pos * kt_sn
-        tl.store(kt_at, k, mask=(c < d) & fits)
-    if mean_ptr is not None:
-        first = 0
-        if starts_ptr is not None:
-            first = tl.load(starts_ptr + b).to(tl.int64)
-        mean_at = mean_ptr + offset(b, mean_sb) + offset(h, mean_sh) + offset(e, mean_sd)
-        mean = tl.load(mean_at, mask=e < dv, other=0.0)
-        count = tl.maximum(pos - first + 1, 1).to(tl.float32)
-        mean += (v.to(tl.float32) - mean) / count
-        tl.store(mean_at, mean, mask=(e < dv) & fits & (pos >= first))
+from attnopt.kernels.sparq.triton_start import start_group
 
 
 @triton.jit
 def _row_logits(
-    queries_ptr, index_ptr, heat_ptr, kt_ptr, kept_ptr, starts_ptr, lengths_ptr, local_ptr,
-    logits_ptr, best_ptr, max_ptr, sum_ptr,
+    index_ptr, queries_ptr, heat_ptr,
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, akt_ptr, mean_ptr,
+    q_sb, q_sh, q_sd, scale, nk_sb, nk_sh, nk_sd, nv_sb, nv_sh, nv_sd,
+    k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, akt_sb, akt_sh, akt_sd, akt_sn, mean_sb, mean_sh, mean_sd, d, dv,
+    kt_ptr, kept_ptr, starts_ptr, lengths_ptr, local_ptr, logits_ptr, best_ptr, max_ptr, sum_ptr,
     kt_sb, kt_sh, kt_sd, kt_sn, kept_sb, kept_sn,
     kv_heads, rank, sk, runs, split, local, grown,
     ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
-    EARLY: tl.constexpr,
+    HEADS: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (p, s): logits of head p in split s, the best of each run of them, and their part of the softmax."""
     await_launch(EARLY)
     pid, part = tl.program_id(0), tl.program_id(1)
     b, h = pid // kv_heads, pid % kv_heads
+    mine = pid
+    if OWN:
+        start_group(
+            index_ptr, queries_ptr, heat_ptr,
+            q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, akt_ptr, mean_ptr,
+            q_sb, q_sh, q_sd, scale, nk_sb, nk_sh, nk_sd, nv_sb, nv_sh, nv_sd,
+            k_sb, k_sh, k_sn, k_sd, v_sb, v_sh, v_sn, v_sd, akt_sb, akt_sh, akt_sd, akt_sn, mean_sb, mean_sh, mean_sd,
+            d, dv, starts_ptr, lengths_ptr, kv_heads, 1, sk, rank, pid, part, tl.num_programs(1), split,
+            HEADS, D_PAD, DV_PAD,
+        )  # fmt: skip
+        mine = pid * tl.num_programs(1) + part
+        tl.debug_barrier()  # what other threads of this program stored is read next
     first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
     is_local_from = first_local(local_ptr, b, last, local)
-    heat = tl.load(heat_ptr + pid)
+    heat = tl.load(heat_ptr + mine)
     kt_head = kt_ptr + offset(b, kt_sb) + offset(h, kt_sh)
 
     # Each lane keeps its own maximum and sum; they meet once, at the end.
@@ -71,8 +55,8 @@ def _row_logits(
         s = tl.zeros((BLOCK,), tl.float32)
         for row in tl.range(0, rank, ROWS, num_stages=STAGES):
             r = row + tl.arange(0, ROWS)
-            channel = tl.load(index_ptr + offset(pid, rank) + r, mask=r < rank, other=0)
-            q = tl.load(queries_ptr + offset(pid, rank) + r, mask=r < rank, other=0.0).to(tl.float32)
+            channel = tl.load(index_ptr + offset(mine, rank) + r, mask=r < rank, other=0)
+            q = tl.load(queries_ptr + offset(mine, rank) + r, mask=r < rank, other=0.0).to(tl.float32)
             # All rows are under way before the first is needed; they are read once.
             k = tl.load(
                 kt_head + offset(channel, kt_sd)[:, None] + offset(pos, kt_sn)[None, :],

@@ -46,18 +46,48 @@ class Weights:
 
 def choose_positions(request: Request, weights: Weights, tiles: Tiles) -> Chosen:
     """Launches one program per group. Needs `is_selectable`."""
-    (groups, sk), topk, new = weights.weight.shape, request.topk, weights.best.new_empty
-    out = Chosen(new_empty_int(weights.best, groups, topk), new_empty_int(weights.best, groups))
-    runs, k_pad = weights.best.shape[1], triton.next_power_of_2(topk)
-    widest, narrow = candidates(sk, topk, tiles.run), min(tiles.narrow, k_pad * tiles.run)
-    _select[(groups,)](
-        weights.weight, weights.best, request.starts, request.lengths, weights.local,
-        new(groups, topk), new(groups, 2, narrow), out.positions, out.there,
-        request.k.shape[1], sk, runs, topk, request.local, request.grown,
-        RUNS_PAD=triton.next_power_of_2(runs), K_PAD=k_pad, RUN=tiles.run, NARROW=narrow, **ordered(early=tiles.early),
-        num_warps=min(32 if widest > MOST_CANDIDATES // 2 else 16, max(4, widest // 256)),
+    choice = Choice.of(request, weights, tiles)
+    _select[(len(weights.weight),)](
+        *choice.pointers(request, weights), *choice.numbers(request, weights),
+        **choice.sizes, **ordered(early=tiles.early), num_warps=choice.warps,
     )  # fmt: skip
-    return out
+    return choice.out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """What a program needs to choose: where the best runs go, and ranks and positions of the likely ones; for what."""
+
+    runs: Tensor
+    narrow: Tensor
+    out: Chosen
+    sizes: dict[str, int]
+    warps: int
+
+    @staticmethod
+    def of(request: Request, weights: Weights, tiles: Tiles) -> "Choice":
+        """Room for it, in the tiles' sizes."""
+        (groups, sk), topk, best = weights.weight.shape, request.topk, weights.best
+        widest, k_pad = candidates(sk, topk, tiles.run), triton.next_power_of_2(topk)
+        narrow = min(tiles.narrow, k_pad * tiles.run)
+        return Choice(
+            new_empty_int(best, groups, topk), new_empty_int(best, groups, 2, narrow),
+            Chosen(new_empty_int(best, groups, topk), new_empty_int(best, groups)),
+            {"RUNS_PAD": triton.next_power_of_2(best.shape[1]), "K_PAD": k_pad, "RUN": tiles.run, "NARROW": narrow},
+            min(32 if widest > MOST_CANDIDATES // 2 else 16, max(4, widest // 256)),
+        )  # fmt: skip
+
+    def pointers(self, request: Request, weights: Weights) -> tuple[Tensor | None, ...]:
+        """Of `select_positions`, in its order."""
+        return (
+            weights.weight, weights.best, request.starts, request.lengths, weights.local, self.runs, self.narrow,
+            self.out.positions, self.out.there,
+        )  # fmt: skip
+
+    def numbers(self, request: Request, weights: Weights) -> tuple[int, ...]:
+        """Those after the pointers."""
+        runs, sk = weights.best.shape[1], weights.weight.shape[1]
+        return request.k.shape[1], sk, runs, request.topk, request.local, request.grown
 
 
 def new_empty_int(like: Tensor, *shape: int) -> Tensor:
@@ -188,7 +218,19 @@ def _select(
 ):  # fmt: skip
     """Program p: the topk best positions of group p."""
     await_launch(EARLY)
-    pid = tl.program_id(0)
+    select_positions(
+        weight_ptr, best_ptr, starts_ptr, lengths_ptr, local_ptr, runs_ptr, narrow_ptr, positions_ptr, there_ptr,
+        tl.program_id(0), kv_heads, sk, runs, topk, local, grown, RUNS_PAD, K_PAD, RUN, NARROW,
+    )  # fmt: skip
+
+
+@triton.jit
+def select_positions(
+    weight_ptr, best_ptr, starts_ptr, lengths_ptr, local_ptr, runs_ptr, narrow_ptr, positions_ptr, there_ptr,
+    pid, kv_heads, sk, runs, topk, local, grown,
+    RUNS_PAD: tl.constexpr, K_PAD: tl.constexpr, RUN: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """The topk best positions of group `pid`, by one program."""
     b = pid // kv_heads
     first, last = range_of(starts_ptr, lengths_ptr, b, sk, grown)
     slot = tl.arange(0, K_PAD)

@@ -16,7 +16,7 @@ from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import Tiles
 from attnopt.kernels.sparq.triton_bound import bound_runs
 from attnopt.kernels.sparq.triton_decode import decode, is_bounded
-from attnopt.kernels.sparq.triton_score import choose_channels
+from attnopt.kernels.sparq.triton_start import choose_channels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLACES = [

@@ -15,8 +15,8 @@ from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.append import Buffers, append
 from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.triton_decode import decode
-from attnopt.kernels.sparq.triton_score import Token
 from attnopt.kernels.sparq.triton_select import Weights, choose_positions, sort_positions
+from attnopt.kernels.sparq.triton_start import Token
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST, MOST = -(2**31), 2**31 - 1
