@@ -102,11 +102,10 @@ def _may_lose_sums(site: SiteMeta) -> bool:
     """Whether the CPU's blockwise backward pass would follow a bias of which nothing is known.
 
     Dropout and sinks take the library's pass that keeps the weights. Where the graph makes the very call, its
-    gradients are the library's already. What is the same for all keys of a row is no mask.
+    gradients are the library's already.
     """
     spec, flash = site.spec, site.device.type == "cpu" and not site.library
-    hiding = any(site.operands[name].shape[-1] > 1 for name in spec.bias)
-    return site.gradient and flash and hiding and not (spec.dropout or spec.sink_logits)
+    return site.gradient and flash and bool(spec.bias) and not (spec.dropout or spec.sink_logits)
 
 
 def _brought_near(mask: Tensor) -> Tensor:

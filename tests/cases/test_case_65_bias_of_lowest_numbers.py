@@ -19,6 +19,20 @@ def test_a_float_mask_from_outside_has_eagers_gradients(lowest: float, kernel: s
     assert bool(report.having("rewritten")) == (kernel == "streaming")
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "streaming"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_lowest_number_for_all_keys_of_a_row_has_eagers_gradients(kernel: str, *, dynamic: bool) -> None:
+    """It hides no key from another, but absorbs the scores."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT * 0.5 + (mask * torch.finfo(torch.float32).min)[:, None, :, None]).softmax(-1) @ v
+
+    hidden = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 1]])
+    inputs = (*torch.randn(3, 3, 2, 5, 4), hidden)
+    report = check_like_eager(attend, inputs, differentiable=3, dynamic=dynamic, allow=(kernel,))
+    assert bool(report.having("rewritten")) == (kernel == "streaming")
+
+
 def test_without_gradients_the_library_serves_it() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (q @ k.mT + mask).softmax(-1) @ v
