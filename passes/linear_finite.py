@@ -54,13 +54,21 @@ def check_finite(factors: Iterable[Operand], of: str = "weights") -> None:
 
 
 def check_operands(operands: Mapping[str, Operand]) -> None:
-    """The same for queries, keys and values themselves."""
+    """The same for queries, keys and values themselves, and for biases: these may be -inf."""
     for name in ("q", "k", "v"):
         if name in operands and _is_infinite(operands[name]):
             raise Reject(
                 f"{name} is infinite, or NaN, at some position whatever the data are; choose the base of a power "
                 "and the divisor of a quotient other than 0",
                 operands[name].node,
+                9,
+            )
+    for name, bias in operands.items():
+        if name.startswith("bias") and _is_endless(bias):
+            raise Reject(
+                "what is added to the scores is +inf, or NaN, at some position whatever the data are, and its row NaN; "
+                "hide a key by -inf",
+                bias.node,
                 9,
             )
 
@@ -121,6 +129,11 @@ def _is_tame(node: Node) -> bool:
 
 def _is_infinite(factor: Operand) -> bool:
     return _whatever_the_data(factor, lambda x: ~x.isfinite(), _is_tame)
+
+
+def _is_endless(bias: Operand) -> bool:
+    """Whether the bias is +inf or NaN somewhere, beside which no other key of the row weighs anything."""
+    return _whatever_the_data(bias, lambda x: ~(x * bias.factor < torch.inf), _is_tame)
 
 
 def _whatever_the_data(

@@ -116,9 +116,14 @@ def moved(leaf: Number, position: sympy.Symbol, to: sympy.Expr) -> Number:
     return leaf.subs(position, to) if isinstance(leaf, sympy.Expr) else leaf
 
 
+def _is_endless(bound: float) -> bool:
+    """Whether a bound is no number; a whole number may be too large to be a float."""
+    return not isinstance(bound, int) and math.isinf(bound)
+
+
 def _require_range(expr: sympy.Expr, bounds: Bounds, least: int, most: int, *, unknown: bool) -> None:
     for bound, limit in ((bounds.upper(expr), most), (bounds.upper(-expr), -least)):
-        if bound > limit and not (unknown and math.isinf(bound)):
+        if bound > limit and not (unknown and _is_endless(bound)):
             raise NotUnderstood
 
 

@@ -187,6 +187,19 @@ def log_decays_cast_to_whole_numbers(q: Tensor, k: Tensor, v: Tensor, rate: Tens
     return (q @ k.mT * exponent.tril().long().double().exp().tril()) @ v
 
 
+@was_wrong()
+def exp_of_infinity_where_keys_were_hidden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT + torch.full((S, S), -torch.inf, dtype=q.dtype).triu(1)
+    weights = (-(scores - scores.amax(-1, keepdim=True))).exp()
+    return (weights * weights.sum(-1, keepdim=True).reciprocal()) @ v
+
+
+@was_wrong(training=False, kernels=("sdpa",))
+def running_sum_of_the_lowest_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    lowest = torch.full((S, S), torch.finfo(torch.float64).min, dtype=torch.float64)
+    return (((q @ k.mT).bfloat16().double() + lowest.cumsum(-1).triu(1)) / 2).softmax(-1) @ v
+
+
 def token_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     state, out = torch.zeros(B, H, D, D, dtype=q.dtype), []
     for n in range(S):

@@ -292,3 +292,25 @@ def test_gates_that_a_mask_leaves_ajar_are_read() -> None:
 
     report = check_like_eager(attend, (*heads()[:3], keep_of(torch.bool)), differentiable=3)
     assert [site.verdict for site in report.sites] == ["rewritten"]
+
+
+def plus(added: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Softmax attention whose scores have added(positions (S,)) added."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+        return (q @ k.mT + added(torch.arange(S))).softmax(-1) @ v
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "added", [lambda at: -torch.log(at), lambda at: 1 / at, lambda at: (at - 1.0).sqrt()]
+)
+def test_a_bias_of_infinity_is_refused(added: Callable[[Tensor], Tensor]) -> None:
+    assert "is +inf, or NaN" in reject_of(plus(added), *heads()).reason
+
+
+@pytest.mark.parametrize("added", [torch.log, lambda at: -1 / at, lambda at: 1 / (at + 1)])
+def test_a_bias_of_minus_infinity_is_read(added: Callable[[Tensor], Tensor]) -> None:
+    (found,) = found_in(plus(added), *heads())
+    assert found.site is not None
