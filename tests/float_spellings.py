@@ -122,7 +122,7 @@ SETTLED: dict[str, tuple[Attend, Sequence[Change]]] = {
             (0.3, 1.0, "softmax scale=0.3 causal"),
             (0.4, 1.0, "softmax scale=0.4 causal"),
             (0.4, 2.0, "softmax scale=0.4 causal"),
-            (0.4, -2.0, "softmax scale=0.4 full bias"),
+            (0.4, -2.0, None),
         ],
     ),
     "fill": (
@@ -152,7 +152,7 @@ SETTLED: dict[str, tuple[Attend, Sequence[Change]]] = {
         [
             (0.5, 1.0, "softmax scale=0.5 causal"),
             (0.25, 1.0, "softmax scale=0.25 causal"),
-            (-0.5, 1.0, "softmax scale=-0.5 full bias"),
+            (-0.5, 1.0, None),
         ],
     ),
     "number inside a scale": (
