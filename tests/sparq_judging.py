@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from oracle import assert_same
 from sparq_cases import answer, kept_rows, yardstick
@@ -13,6 +14,16 @@ from attnopt.kernels.sparq.triton_decode import choose, score_positions, served
 from attnopt.kernels.sparq.triton_score import Scores
 from attnopt.kernels.sparq.triton_select import Chosen, Weights
 from attnopt.kernels.sparq.triton_start import choose_channels
+
+#: Where the kernels run, and in what. The interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
+PLACES = [
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
+]
+if not torch.cuda.is_available():
+    PLACES += [("cpu", torch.float16), ("cpu", torch.float32)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 #: Small enough to interpret, and several splits, parts and tiles to every axis of the cases.
 SMALL = Tiles(block=16, split=32, row_block=16, weight_block=32, run=16, chosen_block=16, chosen_split=16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import assert_same
 from sparq_cases import Case, request_of
-from sparq_judging import DOTS, SMALL, assert_row_rule, positions_of
+from sparq_judging import DEVICE, DOTS, PLACES, SMALL, assert_row_rule, positions_of
 from torch import Tensor
 
 from attnopt.kernels.sparq import steps
@@ -15,15 +15,6 @@ from attnopt.kernels.sparq.request import Request
 from attnopt.kernels.sparq.tiles import TICKETS, Tiles, choose_tiles
 from attnopt.kernels.sparq.triton_decode import begin, decode, is_joinable, is_ticketed
 from attnopt.kernels.sparq.triton_start import Channels, Token, Unchosen
-
-PLACES = [
-    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
-    pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
-    pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
-]
-if not torch.cuda.is_available():
-    PLACES += [("cpu", torch.float16), ("cpu", torch.float32)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 #: All positions of a case are one part.
 APART = replace(SMALL, chosen_split=64)

@@ -13,7 +13,17 @@ from sparq_cases import (
     cases,
     request_of,
 )
-from sparq_judging import DOTS, SMALL, assert_row_rule, by_head, positions_of, probabilities, scored
+from sparq_judging import (
+    DEVICE,
+    DOTS,
+    PLACES,
+    SMALL,
+    assert_row_rule,
+    by_head,
+    positions_of,
+    probabilities,
+    scored,
+)
 
 from attnopt.kernels.sparq import steps
 from attnopt.kernels.sparq.request import Request
@@ -22,16 +32,6 @@ from attnopt.kernels.sparq.triton_attend import attend
 from attnopt.kernels.sparq.triton_decode import decode
 from attnopt.kernels.sparq.triton_select import Chosen
 from attnopt.kernels.sparq.triton_start import choose_channels
-
-#: Where the kernels run, and in what. The interpreter's bf16 arithmetic is wrong, so bf16 needs a GPU.
-PLACES = [
-    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
-    pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
-    pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
-]
-if not torch.cuda.is_available():
-    PLACES += [("cpu", torch.float16), ("cpu", torch.float32)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = [
     Case(),
