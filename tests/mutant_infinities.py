@@ -6,15 +6,20 @@ Plainly the same must stand there: NaN for NaN, +Inf for +Inf, -Inf for -Inf. Tw
   product, and NaN where a kernel also multiplies it by an empty state (inf * 0). No element becomes finite by it, and
   none ceases to be.
 - `wide`: the same program where whole numbers become fp64, not fp32, as they turn into floats. What fp32 alone has made
-  infinite, as exp(100) does, is known then; a result may have that number instead, within its tolerance.
+  infinite, as exp(100) does, is known then; a result may have that number instead, within its tolerance. In linear
+  attention casts to fp16 become fp64, too: kernels compute the weights anew, which overflow past 65,504. Not so in
+  softmax, where the lowest number of fp32 that is cast to fp16 is a mask of -Inf.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,17 @@ def in_double() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def without_half(module: GraphModule) -> GraphModule:
+    """A copy in which fp64 stands for each fp16 that the graph names."""
+    wider = copy.deepcopy(module)
+    for node in wider.graph.nodes:
+        node.args, node.kwargs = tree_map(
+            lambda x: torch.float64 if x is torch.float16 else x, (node.args, node.kwargs)
+        )
+    wider.recompile()
+    return wider
 
 
 def recovered(out: Tensor, want: Tensor, number: int, beyond: Beyond) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mutant_infinities import STRICT, Beyond, differing, in_double, recovered
+from mutant_infinities import STRICT, Beyond, differing, in_double, recovered, without_half
 from mutant_noise import Shaken
 from mutants import NoPlace
 from torch import Tensor
@@ -110,13 +110,14 @@ def compare(
     return differs or _off_gradients(got, wanted, gradients)
 
 
-def beyond_of(plain: GraphModule, inputs: Sequence[Any], *, any_kind: bool) -> Beyond:
+def beyond_of(plain: GraphModule, inputs: Sequence[Any], *, linear: bool) -> Beyond:
     """What may stand where eager is not finite; `wide` is empty where the program does not run in fp64 throughout."""
+    wider = without_half(plain) if linear else apart(plain)
     try:
         with in_double():
-            return Beyond(any_kind, run(apart(plain), inputs, training=False).results)
+            return Beyond(linear, run(wider, inputs, training=False).results)
     except NO_PROGRAM:
-        return Beyond(any_kind)
+        return Beyond(linear)
 
 
 def noise_of(plain: GraphModule, wanted: Outcome, inputs: Sequence[Any], *, training: bool) -> Noise:

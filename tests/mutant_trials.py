@@ -209,7 +209,7 @@ def _differing(made: Any, plain: GraphModule, inputs: Sequence[Any], wanted: Out
         wrong = compare(made, wanted, inputs, tolerance, training=training)
     if not wrong:
         return ""
-    beyond = beyond_of(plain, inputs, any_kind=_is_linear(found))
+    beyond = beyond_of(plain, inputs, linear=_is_linear(found))
     if not compare(made, wanted, inputs, tolerance, beyond=beyond, training=training):
         return ""
     noise = noise_of(plain, wanted, inputs, training=training)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from mutant_infinities import STRICT, Beyond
-from mutant_outcomes import EXACT, SINGLE, beyond_of, compare, difference, run
+from mutant_outcomes import EXACT, HALF, SINGLE, beyond_of, compare, difference, run
 from mutant_programs import traced
 from mutant_trials import Setting, judged
 from torch import Tensor
@@ -70,7 +70,7 @@ def growing(q: Tensor, k: Tensor, v: Tensor, times: int = 8) -> Tensor:
 
 
 def test_what_overflows_in_single_precision_alone_is_known_in_double() -> None:
-    wide = beyond_of(traced(growing, HEADS), HEADS, any_kind=False).wide[0]
+    wide = beyond_of(traced(growing, HEADS), HEADS, linear=False).wide[0]
     exact = growing(*HEADS, times=torch.tensor(8.0, dtype=torch.float64))  # type: ignore[arg-type]
     assert not bool(growing(*HEADS).isfinite().all())
     assert difference([wide], [exact], [SINGLE]) == ""
@@ -85,7 +85,7 @@ def in_a_wider_type(factor: float) -> Callable[..., tuple[Tensor]]:
 @pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.01, False)])
 def test_a_result_more_exact_than_eager_is_right(factor: float, right: bool) -> None:
     plain = traced(growing, HEADS)
-    wanted, beyond = run(plain, HEADS, training=False), beyond_of(plain, HEADS, any_kind=False)
+    wanted, beyond = run(plain, HEADS, training=False), beyond_of(plain, HEADS, linear=False)
     made = in_a_wider_type(factor)
     assert "NaN" in compare(made, wanted, HEADS, SINGLE, training=False)
     assert (compare(made, wanted, HEADS, SINGLE, beyond=beyond, training=False) == "") == right
@@ -103,3 +103,33 @@ def test_an_infinite_query_or_key_makes_no_other_row_infinite(which: int, at: in
     found = judged(causal, given, Setting(training=training))
     assert found.verdicts == ("linear rewritten",)
     assert found.wrong == ""
+
+
+def growing_in_half(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """The weights of late rows are infinite in fp16 alone."""
+    at = torch.arange(19, dtype=torch.float64)
+    return (q @ k.mT * (at[:, None] - at).exp().tril().to(dtype).double()) @ v
+
+
+def test_weights_that_overflow_in_half_precision_are_known_in_linear_attention_alone() -> None:
+    plain = traced(growing_in_half, HEADS)
+    wanted, exact = run(plain, HEADS, training=False), growing_in_half(*HEADS, dtype=torch.float64)
+    assert not bool(wanted.results[0].isfinite().all())
+    for factor, linear, right in ((1.0, True, True), (1.2, True, False), (1.0, False, False)):
+        made = lambda *_, x=factor * exact: (x,)  # noqa: E731 - a program that gives this
+        beyond = beyond_of(plain, HEADS, linear=linear)
+        assert (compare(made, wanted, HEADS, HALF, beyond=beyond, training=False) == "") == right
+
+
+def masked_in_half(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The lowest number of fp32 is -Inf in fp16: a row that has nothing else is NaN."""
+    mask = torch.full((19, 19), torch.finfo(torch.float32).min).triu(0).to(torch.float16)
+    return torch.softmax(q @ k.mT + mask, -1) @ v
+
+
+def test_a_lowest_number_cast_to_half_stays_an_infinite_mask() -> None:
+    plain = traced(masked_in_half, HEADS)
+    assert bool(run(plain, HEADS, training=False).results[0][..., 0, :].isnan().all())
+    beyond = beyond_of(plain, HEADS, linear=False)
+    assert beyond.wide[0].isnan().any()
+    assert judged(masked_in_half, HEADS, Setting()).wrong == ""
