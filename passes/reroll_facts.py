@@ -15,6 +15,7 @@ from torch.fx import Node
 from attnopt.passes.layout import CASTS, COPIES, EXPANDS, RESHAPES, permutation
 from attnopt.passes.mask_writes import written_by
 from attnopt.passes.reroll_sizes import CONTRACTIONS, TAKES, coupled_sizes, name_of, taken_sizes
+from attnopt.passes.sizes import is_one, shape_of
 from attnopt.shadow import Shadow
 
 #: Tensors made of nothing but numbers.
@@ -73,13 +74,13 @@ def is_outer(node: Node) -> bool:
     """A product of two tensors each of which is spread along a dimension of the other."""
     if name_of(node) not in ("mul", "multiply"):
         return False
-    values = [x.meta.get("val") if isinstance(x, Node) else None for x in node.args[:2]]
-    if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+    factors = [x for x in node.args[:2] if isinstance(x, Node) and is_float(x)]
+    if len(factors) < 2:
         return False
-    shapes = [tuple(v.shape) for v in values if v is not None]
+    shapes = [shape_of(x) for x in factors]
     rank = max(map(len, shapes))
     left, right = ((1,) * (rank - len(s)) + s for s in shapes)
-    spread = [(a == 1) - (b == 1) for a, b in zip(left, right, strict=True)]
+    spread = [is_one(a) - is_one(b) for a, b in zip(left, right, strict=True)]
     return 1 in spread and -1 in spread and min(map(len, shapes)) > 1
 
 
@@ -99,9 +100,8 @@ def _is_sum_of_products(node: Node) -> bool:
     inner = node.args[0]
     if name_of(inner) not in ("mul", "multiply") or is_outer(inner):
         return False
-    values = [x.meta.get("val") if isinstance(x, Node) else None for x in inner.args[:2]]
-    shapes = [v.shape for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1]
-    return len(shapes) == 2 and shapes[0] != shapes[1]
+    shapes = [shape_of(x) for x in inner.args[:2] if isinstance(x, Node) and is_float(x)]
+    return len(shapes) == 2 and min(map(len, shapes)) > 1 and shapes[0] != shapes[1]
 
 
 def is_float(node: Node) -> bool:

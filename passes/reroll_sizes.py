@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from attnopt.passes.layout import RESHAPES
 from attnopt.passes.mask_writes import arguments, operation
-from attnopt.passes.sizes import hint
+from attnopt.passes.sizes import hint, same, shape_of
 
 #: Views that take a part out of a dimension.
 TAKES = frozenset(
@@ -41,14 +41,11 @@ def taken_dim(node: Node) -> int | None:
     if name not in TAKES or name == "getitem" or not node.all_input_nodes:
         return None
     source = node.all_input_nodes[0]
-    value = source.meta.get("val")
-    if not isinstance(value, Tensor):
+    if not isinstance(source.meta.get("val"), Tensor):
         return None
-    dim = int(arguments(node).get("dim", 0)) % max(value.dim(), 1)
-    made = node.meta.get("val")
-    if name == "slice" and isinstance(made, Tensor) and made.shape[dim] == value.shape[dim]:
-        return None
-    return dim
+    before = shape_of(source)
+    dim = int(arguments(node).get("dim", 0)) % max(len(before), 1)
+    return None if name == "slice" and same(shape_of(node)[dim], before[dim]) else dim
 
 
 def taken_sizes(node: Node) -> frozenset[int]:

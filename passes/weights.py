@@ -245,6 +245,11 @@ def _div(reader: WeightsReader, user: Node, here: Here) -> Change:
     return reader.times(user, user.args[1], here, inverse=True)
 
 
+def _neg(reader: WeightsReader, user: Node, here: Here) -> Change:
+    del reader, user
+    return replace(here.change, factor=-here.change.factor)
+
+
 def _masked_fill(reader: WeightsReader, user: Node, here: Here) -> Change:
     weights, condition, value = user.args[:3]
     if weights is not here.node or constant(value) != 0:
@@ -276,6 +281,7 @@ def _nan_to_num(reader: WeightsReader, user: Node, here: Here) -> Change:
 _STEPS: dict[Any, Callable[[WeightsReader, Node, Here], Change]] = {
     aten.dropout.default: _dropped,
     aten.nan_to_num.default: _nan_to_num,
+    aten.neg.default: _neg,
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _mul),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor), _div),
     **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),

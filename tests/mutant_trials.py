@@ -11,6 +11,7 @@ from typing import Any
 
 import mutants_more  # noqa: F401 - more operators
 import torch
+from mutant_dropout import noted, without_dropout
 from mutant_outcomes import (
     EXACT,
     NO_PROGRAM,
@@ -143,6 +144,14 @@ def _unchanged(name: str, *, free: bool) -> Outcome | None:
 
 def judge(found: Trial, mutant: GraphModule, wanted: Outcome, inputs: Sequence[Any]) -> None:
     """Fills in what attnopt made of the mutant, which gives `wanted` on `inputs`."""
+    plain = copy.deepcopy(mutant)
+    _judge(found, mutant, wanted, inputs)
+    if found.wrong and noted(plain, reports()[-1].sites):
+        calm, found.wrong = without_dropout(plain), ""
+        _judge(found, calm, run(apart(calm), inputs, training=found.setting.training), inputs)
+
+
+def _judge(found: Trial, mutant: GraphModule, wanted: Outcome, inputs: Sequence[Any]) -> None:
     before, plain = guards_of(mutant), copy.deepcopy(mutant)
     made = _made(mutant, inputs, found.setting, "eager")
     report = reports()[-1]

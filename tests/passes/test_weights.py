@@ -41,6 +41,7 @@ def test_weights_that_are_needed_elsewhere_are_read_and_named(attend: Callable[.
     ("attend", "change"),
     [
         (lambda q, k, v: (weights(q, k) * 2.0 / 4.0) @ v, Change(factor=0.5)),
+        (lambda q, k, v: -(weights(q, k) * 2.0) @ v, Change(factor=-2.0)),
         (lambda q, k, v: dropout(weights(q, k), 0.1) @ v, Change(dropout=0.1)),
         (lambda q, k, v: weights(q, k).nan_to_num() @ v, Change(zeroed=True)),
     ],
