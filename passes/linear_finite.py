@@ -37,6 +37,8 @@ DRAWS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda uniform: 32 + uniform,
     lambda uniform: -32 - uniform,
 )
+#: Positive data all of which round to 0.
+SMALL = DRAWS[2:3]
 
 
 def check_finite(factors: Iterable[Operand], of: str = "weights") -> None:
@@ -87,12 +89,26 @@ def check_decay(decay: Operand | Filled) -> None:
         grows = is_known and _whatever_the_data(decay, lambda x: _log_decay(decay, x) > 0)
     if endless:
         raise Reject("the decay, or its logarithm, is infinite or NaN whatever the data are", node, 2)
+    if isinstance(decay, Operand) and _vanishes(decay):
+        raise Reject(
+            "the decay is 0 for small positive data, its logarithm -inf, and NaN at a distance of 0; "
+            "do not round what the decay is made of",
+            node,
+            2,
+        )
     if grows:
         raise Reject(
             "the weights grow with the distance instead of decaying: kernels take log decays of at most 0",
             node,
             2,
         )
+
+
+def _vanishes(decay: Operand) -> bool:
+    """Whether a logarithm in the program is -inf for small data; that of a base, taken by us, keeps the diagonal."""
+    if decay.function == "log" or not _sources(decay.node)[1]:
+        return False
+    return _whatever_the_data(decay, lambda x: _log_decay(decay, x) == -torch.inf, draws=SMALL)
 
 
 def _log_decay(decay: Operand, x: Tensor) -> Tensor:
@@ -140,6 +156,7 @@ def _whatever_the_data(
     factor: Operand,
     test: Callable[[Tensor], Tensor],
     is_tame: Callable[[Node], bool] = lambda _: False,
+    draws: tuple[Callable[[Tensor], Tensor], ...] = DRAWS,
 ) -> bool:
     """Whether the test says yes of the same element, whatever is drawn; not if all nodes that make it are tame."""
     nodes, data = _sources(factor.node)
@@ -148,7 +165,7 @@ def _whatever_the_data(
     if not factor.inverse and all(map(is_tame, nodes)):
         return False
     found: Tensor | None = None
-    for draw in DRAWS if data else DRAWS[:1]:
+    for draw in draws if data else draws[:1]:
         value = _value(factor, nodes, data, draw)
         if value is None:
             return False

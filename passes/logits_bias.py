@@ -17,6 +17,13 @@ def bias_of(space: Space, roles: Roles, term: Term) -> Operand:
     held = term.node.meta["val"].dtype
     dims = space.resolve(term.dims)
     times = tuple(factor_of(space, roles, factor) for factor in term.times)
+    summed = _sum_type(term)
+    if hiding_number(term) > -torch.inf and narrowest(term.casts, summed) != summed:
+        raise Reject(
+            f"a large number may be added to scores in {str(summed).removeprefix('torch.')}, and the sums are rounded "
+            "to a narrower type, which takes the scores from rows without keys; cast before it is added",
+            term.node,
+        )
     if not held.is_floating_point:
         return Operand(term.node, dims, term.factor, times, dtype=torch.float32)
     if narrowest(term.casts, held) != held:
@@ -46,6 +53,13 @@ def hiding_number(term: Term) -> float:
 def merged(dims: Dims) -> Axes:
     """All axes of a tensor."""
     return tuple(axis for axes in dims for axis in axes)
+
+
+def _sum_type(term: Term) -> torch.dtype:
+    """The dtype of the scores with the term added to them."""
+    value = None if term.at is None else term.at.meta["val"]
+    held = term.node.meta["val"].dtype
+    return torch.promote_types(held, value.dtype) if isinstance(value, Tensor) else held
 
 
 def _widest(term: Term) -> torch.dtype:

@@ -48,6 +48,25 @@ KEEP = torch.ones(B, S, dtype=torch.bool)
 KEEP[0, :2] = False
 
 
+@was_wrong(torch.rand(H, dtype=torch.float64), training=False)
+def decays_rounded_to_zero(q: Tensor, k: Tensor, v: Tensor, rates: Tensor) -> Tensor:
+    apart = torch.arange(S)[:, None] - torch.arange(S)
+    decay = torch.exp2(apart * rates.long().double().log2()[:, None, None]) * (apart >= 0)
+    return (q @ k.mT * decay) @ v
+
+
+@was_wrong(KEEP, training=False, kernels=("streaming",))
+def large_numbers_added_before_rounding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.25 + (1.0 - keep[:, :1, None, None].float()) * -1e9
+    return scores.float().double().softmax(-1) @ v
+
+
+@was_wrong(KEEP, training=False, kernels=("streaming",))
+def large_whole_numbers_added_before_rounding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.25 + (1 - keep[:, :1, None, None].long()) * -(10**9)
+    return scores.float().double().softmax(-1) @ v
+
+
 @was_wrong(-torch.rand(H, 1, 1, dtype=torch.float64), KEEP, kernels=("sdpa",))
 def scores_times_a_huge_number(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, keep: Tensor) -> Tensor:
     return ((q @ k.mT * 0.25) * torch.where(keep[:, None, None], 0.0, -1e9) * scale).softmax(-1) @ v
