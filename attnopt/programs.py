@@ -41,7 +41,8 @@ def rewrite(program: ExportedProgram, options: Settings = None) -> tuple[Exporte
         )
     module = _copied(program.graph_module)
     _mark_constants(module, program)
-    plain, edits = rewrite_graph(module, chosen, gradient=False)
+    with torch.no_grad():  # a buffer that the model writes to is noted with the gradient that it got
+        plain, edits = rewrite_graph(module, chosen, gradient=False)
     outermost = [
         edit for edit in edits if edit.shadow.original is module
     ]  # those whose inputs are the program's

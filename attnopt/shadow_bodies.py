@@ -75,11 +75,17 @@ def attribute(module: torch.nn.Module, path: str) -> Any:
 
 
 def body_of(args: Sequence[Any]) -> int | None:
-    """The place of the one body that gets the arguments behind it one by one; None if the operator works otherwise."""
+    """The place of the one body that gets the arguments behind it one by one; None if the operator works otherwise.
+
+    One with groups of arguments (scan, flex_attention) calls its body as it likes, however many inputs that has.
+    """
     bodies = [place for place, value in enumerate(args) if isinstance(value, GraphModule)]
     if len(bodies) != 1:
         return None
-    return bodies[0] if len(placeholders(args[bodies[0]])) == len(operands(args[bodies[0] + 1 :])) else None
+    given = operands(args[bodies[0] + 1 :])
+    if any(isinstance(value, Sequence | Mapping) for value in given):
+        return None
+    return bodies[0] if len(placeholders(args[bodies[0]])) == len(given) else None
 
 
 def operands(args: Sequence[Any]) -> list[Any]:

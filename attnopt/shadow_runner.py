@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from attnopt.shadow_bodies import body_of, operands, region
@@ -42,7 +43,10 @@ class Runner(Interpreter):
             block = self.vmapped[n]
             made = block.run([self.env[given] for given in block.given])
             self.hidden |= {node: made.get(node) for node in block.nodes}
-        return self.hidden[n] if n in self.hidden else super().run_node(n)
+        if n in self.hidden:
+            return self.hidden[n]
+        held = _held(n)
+        return super().run_node(n) if held is None else held
 
     def enter(self, args: tuple[Any, ...]) -> Any:
         """Begins a region: the tracer would only note the call, and values would not have their true dtypes."""
@@ -76,3 +80,12 @@ class Runner(Interpreter):
         value = Runner(body, self.expansions, self.regions, self.vmapped).run(*args)
         self.leave(depth)
         return value
+
+
+def _held(n: Node) -> FakeTensor | None:
+    """The fake value of a real tensor that a graph of Dynamo holds itself, as the state of an optimizer.
+
+    Traced with the tensor itself, a write to it would be a write. Its numbers are no constants either.
+    """
+    fake = n.meta.get("example_value") if n.op == "get_attr" else None
+    return fake if isinstance(fake, FakeTensor) else None

@@ -170,11 +170,21 @@ def _run(
 def _check_plain(flat: GraphModule, first: Node) -> None:
     """Random numbers would be drawn once more, and be others."""
     for node in flat.graph.nodes:
-        target = node.target
-        if isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+        if _is_random(node):
             raise UnsupportedError(
                 f"random numbers are drawn inside torch.vmap{line_of(first)}; draw them outside and pass them in"
             )
+
+
+def _is_random(node: Node) -> bool:
+    """Whether a call draws random numbers; one with a dropout of probability 0 may, by its kind, but does not."""
+    target = node.target
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    held = {a.name: a.default_value for a in target._schema.arguments}
+    held |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return held.get("dropout_p", held.get("p")) != 0 and held.get("train") is not False
 
 
 def _known(node: Node) -> Any:

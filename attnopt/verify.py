@@ -19,7 +19,7 @@ from attnopt.passes import emit
 from attnopt.passes.layout import Axis
 from attnopt.passes.replay import Replay, normal_form
 from attnopt.passes.site import Operand, Result
-from attnopt.passes.sizes import Concrete, product
+from attnopt.passes.sizes import Concrete, product, seen_symbols
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
 
@@ -79,7 +79,7 @@ def _validate(replay: Replay, site: Site) -> Check:
 
 def _try_out(site: Site, trial: Callable[[int], tuple[Mapping[Node, Tensor], tuple[Tensor, ...]]]) -> Check:
     """A site that draws its own values, at the graph's own sizes."""
-    if not _fits(site, Concrete()):
+    if not _fits(site, _as_traced(site)):
         return Check(None, "too large to check at its own sizes")
     worst, plain = 0.0, without_casts(site)
     for seed in range(len(FAMILIES)):
@@ -145,9 +145,18 @@ def _widened(operand: Operand) -> Operand:
     return replace(operand, dtype=None, times=times, beside=beside)
 
 
+def _as_traced(site: Site) -> Concrete:
+    values = (node.meta["val"] for node in (site.root, *emit.leaves(site)))
+    return Concrete(symbols=seen_symbols(size for value in values for size in getattr(value, "shape", ())))
+
+
 def _fits(site: Site, sizes: Concrete) -> bool:
     roles = emit.result_of(site).roles
-    return product(sizes.of(a.size) for a in (*roles.batch, *roles.heads, *roles.query, *roles.key)) <= BUDGET
+    axes = (*roles.batch, *roles.heads, *roles.query, *roles.key)
+    try:
+        return bool(product(sizes.of(a.size) for a in axes) <= BUDGET)
+    except ValueError:
+        return False  # some size has no value where the others are these numbers
 
 
 def _reduced(site: Site, numbers: Iterable[int]) -> Concrete:

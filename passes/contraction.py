@@ -219,10 +219,8 @@ def einsum_terms(node: Node) -> tuple[tuple[tuple[Node, Letters], ...], Letters]
     operands: Sequence[Node] = node.args[1]  # type: ignore[assignment]
     inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
     out = out if arrow else _implied_output(inputs)
-    letters = [
-        _expand_dots(term, len(shape_of(x))) for term, x in zip(inputs.split(","), operands, strict=True)
-    ]
-    return tuple(zip(operands, letters, strict=True)), _expand_dots(out, len(shape_of(node)))
+    letters = [lettered(term, len(shape_of(x))) for term, x in zip(inputs.split(","), operands, strict=True)]
+    return tuple(zip(operands, letters, strict=True)), lettered(out, len(shape_of(node)))
 
 
 def _implied_output(inputs: str) -> str:
@@ -232,7 +230,8 @@ def _implied_output(inputs: str) -> str:
     )
 
 
-def _expand_dots(term: str, rank: int) -> Letters:
+def lettered(term: str, rank: int) -> Letters:
+    """The letters of one term of an einsum, of so many dimensions; those under "..." have names of their own."""
     if "..." not in term:
         return tuple(term)
     before, after = term.split("...")

@@ -108,7 +108,7 @@ def _vanishes(decay: Operand) -> bool:
     """Whether a logarithm in the program is -inf for small data; that of a base, taken by us, keeps the diagonal."""
     if decay.function == "log" or not _sources(decay.node)[1]:
         return False
-    return _whatever_the_data(decay, lambda x: _log_decay(decay, x) == -torch.inf, draws=SMALL)
+    return _whatever_the_data(decay, lambda x: _log_decay(decay, x) == -torch.inf, _is_tame, SMALL)
 
 
 def _log_decay(decay: Operand, x: Tensor) -> Tensor:

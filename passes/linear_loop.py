@@ -29,7 +29,7 @@ from torch.fx import Node
 
 from attnopt.passes.linear_loop_alike import Shapes
 from attnopt.passes.linear_loop_constants import check_constants
-from attnopt.passes.linear_loop_decay import Found, differing_head, find, measure
+from attnopt.passes.linear_loop_decay import Found, above, check_positive, differing_head, find, measure
 from attnopt.passes.linear_loop_few import few
 from attnopt.passes.linear_loop_probe import Draw, Trial, patterns, probe, run
 from attnopt.passes.linear_loop_reading import Reading, moved, normal_form
@@ -38,9 +38,9 @@ from attnopt.passes.linear_loop_site import NAME, build, check_trials
 from attnopt.passes.linear_loop_tables import Table, tables_of
 from attnopt.passes.linear_product import product_of
 from attnopt.passes.mask_writes import arguments
-from attnopt.passes.reroll import Candidate, candidates, regions
+from attnopt.passes.reroll import Candidate, candidates, numerators, regions
 from attnopt.passes.reroll_cut import Region
-from attnopt.passes.reroll_facts import CORNERED, MADE, is_view
+from attnopt.passes.reroll_facts import CORNERED, MADE
 from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.reroll_writes import check_writes
 from attnopt.passes.sizes import hint, shape_of
@@ -97,11 +97,22 @@ def _found(shadow: Shadow) -> Iterator[tuple[Node, Site | Reject]]:
     for candidate in sorted(candidates(shadow), key=lambda c: -shadow.order[c.sink]):
         if candidate.sink in covered:
             continue
-        verdict, inside = _read(shadow, candidate, known)
+        verdict, inside = _read_or_above(shadow, candidate, known)
         if verdict is not None:
             root = verdict.root if isinstance(verdict, Site) else candidate.roots[0]
             covered |= inside
             yield root, verdict
+
+
+def _read_or_above(
+    shadow: Shadow, candidate: Candidate, known: "Known"
+) -> tuple[Site | Reject | None, frozenset[Node]]:
+    """As `_read`; where there is no site, that of what is divided by a sum, or multiplied with its inverse."""
+    verdict, inside = _read(shadow, candidate, known)
+    if isinstance(verdict, Site):
+        return verdict, inside
+    others = (_read(shadow, numerator, known) for numerator in numerators(candidate))
+    return next((found for found in others if isinstance(found[0], Site)), (verdict, inside))
 
 
 def _read(
@@ -172,7 +183,7 @@ def _read_roles(region: Region, tables: tuple[Table, ...], shapes: Shapes) -> Re
     decay = find(region, trial, cast, labels, measured.steps, _decay_candidates(region, cast, tables))
     _check_others(region, cast, tables, decay)
     if decay is not None and decay.function == "log" and decay.node is not None:
-        _check_positive(region, decay.node)
+        check_positive(region, decay.node)
     state = None if region.state is None else _state_dims(region, trial, cast, labels)
     return Reading(region, tables, cast, labels, decay, measured.scale, state, shapes)
 
@@ -232,7 +243,7 @@ def _check_others(region: Region, cast: Cast, tables: Sequence[Table], decay: Fo
     """Everything that enters must be an operand, or follow from one."""
     known = {cast.q, cast.k, cast.v, cast.state, *(t.node for t in tables)}
     if decay is not None and decay.node is not None:
-        known |= _above(decay.node, region)
+        known |= above(decay.node, region)
     for leaf in region.leaves:
         if leaf not in known and leaf in cast.patterns:
             raise Reject(f"{leaf.name} enters the loop beside queries, keys, values and the decay", leaf, 2)
@@ -242,35 +253,6 @@ def _sums_products(node: Node) -> bool:
     return name_of(node) == "cumsum" and any(
         product_of(source) is not None for source in node.all_input_nodes
     )
-
-
-#: Operations whose results are positive, whatever they are given.
-POSITIVE = frozenset({"exp", "exp2", "sigmoid", "softmax", "softplus", "_softmax"})
-
-
-def _check_positive(region: Region, node: Node) -> None:
-    """A factor is given as its logarithm: of a negative one NaN would come out. Constants were seen to be positive."""
-    if node in region.nodes and not _above(node, region) & set(region.leaves):
-        return
-    while is_view(node):
-        node = node.all_input_nodes[0]
-    if name_of(node) not in POSITIVE:
-        reason = (
-            f"the state is multiplied by {node.name}, which nothing proves to be positive; compute it as the exp or "
-            "the sigmoid of something"
-        )
-        raise Reject(reason, node, SURE + 1)
-
-
-def _above(node: Node, region: Region) -> set[Node]:
-    inside, seen, pending = set(region.nodes), {node}, [node]
-    while pending:
-        at = pending.pop()
-        if at in inside:
-            fresh = [n for n in at.all_input_nodes if n not in seen]
-            seen.update(fresh)
-            pending += fresh
-    return seen
 
 
 def _state_dims(region: Region, trial: Trial, cast: Cast, labels: Labels) -> tuple[object, ...]:

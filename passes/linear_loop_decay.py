@@ -14,9 +14,11 @@ from torch.fx import Node
 
 from attnopt.passes import emit
 from attnopt.passes.layout import Dims
-from attnopt.passes.linear_loop_probe import Trial, gradient
-from attnopt.passes.linear_loop_roles import Cast, Labels
+from attnopt.passes.linear_loop_probe import ALL, Trial, gradient
+from attnopt.passes.linear_loop_roles import VECTOR, Cast, Labels
 from attnopt.passes.reroll_cut import Region
+from attnopt.passes.reroll_facts import is_view
+from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.site import Operand, Roles
 from attnopt.rule import Reject
 
@@ -73,6 +75,8 @@ def measure(region: Region, trial: Trial, cast: Cast, labels: Labels) -> Measure
     scale = float(weights[0, 0, -1])
     alike = (weights[..., -1] - scale).abs().max() <= CLOSE * abs(scale)
     if scale == 0 or not bool(alike) or not bool((weights / scale > 0).all()):
+        if any(ALL in cast.patterns[leaf] for leaf in cast.others):
+            raise Reject(VECTOR, region.root, 3)
         raise Reject("a loop over positions whose weights are no scale times a decay", region.root, 1)
     logs = (weights / scale).log()
     return Measured(_rounded(scale), logs[..., :-1] - logs[..., 1:])
@@ -173,3 +177,33 @@ def _multiples(held: Tensor, wanted: Tensor) -> Iterator[tuple[float, Literal[""
 def _whole(factor: float) -> float:
     """-1 and 1 without the error of measuring."""
     return float(round(factor)) if abs(factor - round(factor)) < 1e-7 and round(factor) else factor
+
+
+#: Operations whose results are positive, whatever they are given.
+POSITIVE = frozenset({"exp", "exp2", "sigmoid", "softmax", "softplus", "_softmax"})
+
+
+def check_positive(region: Region, node: Node) -> None:
+    """A factor is given as its logarithm: of a negative one NaN would come out. Constants were seen to be positive."""
+    if node in region.nodes and not above(node, region) & set(region.leaves):
+        return
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    if name_of(node) not in POSITIVE:
+        reason = (
+            f"the state is multiplied by {node.name}, which nothing proves to be positive; compute it as the exp or "
+            "the sigmoid of something"
+        )
+        raise Reject(reason, node, 3)
+
+
+def above(node: Node, region: Region) -> set[Node]:
+    """A node of a region, and everything in the region of which it is made, leaves included."""
+    inside, seen, pending = set(region.nodes), {node}, [node]
+    while pending:
+        at = pending.pop()
+        if at in inside:
+            fresh = [n for n in at.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            pending += fresh
+    return seen

@@ -6,7 +6,7 @@ o[b, h, i, e] these are q[b, h, i, :], k[b, h, :i+1, :], v[b, h, :i+1, e], state
 however the region is spelled and laid out. A second element, at other indices, tells dimensions of equal size apart.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from attnopt.passes.linear_loop_tables import Table
 from attnopt.passes.replay import evaluate
 from attnopt.passes.reroll_cut import Region
 from attnopt.passes.reroll_sizes import name_of
-from attnopt.passes.sizes import Concrete, hint
+from attnopt.passes.sizes import Concrete, hint, seen_symbols
 from attnopt.rule import Reject
 
 #: What one dimension of a tensor has to do with the output. "one": its size is 1; ("at", d): only the index that
@@ -55,13 +55,8 @@ class Draw:
 
 def sizes_of(region: Region, how: "Draw") -> Concrete:
     """The sizes of the graph; symbols as seen while tracing, the length's perhaps one less."""
-    sizes = Concrete()
     held = [size for leaf in region.leaves for size in leaf.meta["val"].shape]
-    for size in (*held, *(node.meta["val"] for node in region.numbers)):
-        if isinstance(size, torch.SymInt):
-            environment = size.node.shape_env
-            seen = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-            sizes.symbols.update({s: int(seen[s]) for s in size.node.expr.free_symbols if s in seen})
+    sizes = Concrete(symbols=seen_symbols((*held, *(node.meta["val"] for node in region.numbers))))
     if how.shorter:
         for symbol in symbols_of(region):
             sizes.symbols[symbol] -= 1
@@ -219,6 +214,22 @@ def is_linear_in(trial: Trial, found: Probe, leaves: Sequence[Node]) -> bool:
     ]
     total = sum((float((x * slope).sum()) for x, slope in pairs), 0.0)
     return abs(total - found.value) <= 1e-9 * max(abs(found.value), 1e-30)
+
+
+def mixes(
+    trial: Trial, end: Node, found: Probe, leaves: tuple[Node, Node], along: Callable[[Node], int]
+) -> bool:
+    """Whether the slope of the output by the first feature of one tensor depends on another feature of the other one.
+
+    along: of a tensor, the dimension of its features.
+    """
+    left, right = leaves
+    (slope,) = torch.autograd.grad(trial.values[end][found.at], [trial.given[left]], create_graph=True)
+    total = slope.select(along(left), 0).sum()
+    if not total.requires_grad:
+        return False
+    (by,) = torch.autograd.grad(total, [trial.given[right]], retain_graph=True, allow_unused=True)
+    return by is not None and bool((by.narrow(along(right), 1, by.shape[along(right)] - 1) != 0).any())
 
 
 def gradient(trial: Trial, total: Tensor, leaf: Node) -> Tensor:

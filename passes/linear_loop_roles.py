@@ -14,6 +14,7 @@ from attnopt.passes.linear_loop_probe import (
     Probe,
     Trial,
     is_linear_in,
+    mixes,
     patterns,
     probe,
 )
@@ -54,7 +55,7 @@ def cast_of(region: Region, trial: Trial, tables: Sequence[Table]) -> Cast:
     reasons: list[Reject] = []
     for features in sorted(set(range(rank)) - {region.dim}, reverse=True):
         try:
-            return _cast(region, _Measured(trial, probes[0]), known, features)
+            return _cast(region, _Measured(trial, region.root, probes[0], known), known, features)
         except Reject as reject:
             reasons.append(reject)
     raise max(reasons, key=lambda reject: reject.depth)
@@ -65,11 +66,21 @@ class _Measured:
     """A trial, and one element of its output."""
 
     trial: Trial
+    end: Node
     element: Probe
+    known: Mapping[Node, Patterns]
 
     def is_linear_in(self, leaves: Sequence[Node]) -> bool:
         """Whether the output is linear in these tensors together."""
         return is_linear_in(self.trial, self.element, leaves)
+
+    def mixes_features(self, found: "_Likely") -> bool:
+        """Whether what one feature of the queries is multiplied by depends on other features of the keys."""
+        pairs = ((q, k) for q in found.queries for k in found.keys)
+        return any(mixes(self.trial, self.end, self.element, (q, k), self._features) for q, k in pairs)
+
+    def _features(self, leaf: Node) -> int:
+        return self.known[leaf].index(ALL)
 
 
 def _cast(region: Region, measured: _Measured, known: Mapping[Node, Patterns], features: int) -> Cast:
@@ -106,14 +117,15 @@ def _check_kind(region: Region, measured: _Measured, found: "_Likely") -> None:
         raise Reject("a recurrence that is not linear in its values", region.root, 2)
     if len(found.queries) == 1 and not linear(found.queries):
         raise Reject(
-            "a loop over positions whose output is not linear in the queries, but divided by a sum",
+            "a loop over positions that divides by a sum as it goes, so it is not linear in the queries; divide what a "
+            "plain loop over keys times values makes, afterwards",
             region.root,
             3,
         )
     if not any(linear([k, *found.states]) for k in found.keys):
-        raise Reject(_MATRIX, region.root, 3)
+        raise Reject(_MATRIX if measured.mixes_features(found) else VECTOR, region.root, 3)
     if len(found.keys) > 1:
-        raise Reject(_VECTOR, region.root, 3)
+        raise Reject(VECTOR, region.root, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +142,9 @@ _MATRIX = (
     "a linear recurrence whose state is multiplied by a matrix made of the keys (a delta rule): kernels here take one "
     "number for each head"
 )
-_VECTOR = (
-    "a linear recurrence that forgets each feature by its own gate (gated linear attention, a selective scan): its "
-    "state is multiplied by a vector, and kernels here take one number for each head"
+VECTOR = (
+    "a linear recurrence that forgets each feature by its own gate (gated linear attention, RWKV, a selective scan): "
+    "its state is multiplied by a vector, and kernels here take one number for each head"
 )
 
 

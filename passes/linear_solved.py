@@ -12,7 +12,7 @@ from attnopt.passes.mask_writes import operation, writes_after
 from attnopt.shadow import Shadow
 
 #: Nodes between a row of a triangle and the rows that it is made of.
-NEAR = 16
+NEAR = 32
 
 
 def solved(shadow: Shadow) -> Iterator[Node]:
@@ -51,14 +51,19 @@ def base_of(write: Node) -> Node:
 
 
 def _is_made_of(node: Node, base: Node) -> bool:
-    """Whether a product, or a sum, of parts of `base` stands near above `node`."""
-    pending, seen, multiplied = deque([node]), {node}, False
+    """Whether parts of `base` enter `node` through a product, or a sum of products, that stands near above it.
+
+    Scores to which products are added in place, as positions are, are multiplied with nothing.
+    """
+    start = (node, product_of(node) is not None)
+    pending, seen = deque([start]), {start}
     while pending and len(seen) <= NEAR:
-        at = pending.popleft()
-        multiplied |= product_of(at) is not None
-        if at is base:
-            return multiplied
-        fresh = [n for n in at.all_input_nodes if n not in seen and isinstance(n.meta.get("val"), Tensor)]
+        at, multiplied = pending.popleft()
+        above = [n for n in at.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if base in above and multiplied:
+            return True
+        states = {(n, multiplied or product_of(n) is not None) for n in above if n is not base}
+        fresh = sorted(states - seen)
         seen.update(fresh)
         pending.extend(fresh)
     return False

@@ -131,9 +131,12 @@ class Ending:
 
 def endings(shadow: Shadow, found: Structure) -> Iterator[Ending]:
     """The ways to take a division as the normaliser: one that follows, one of the weights, or none."""
+    known = dict(found.space.parts)
     below = _division_below(found.space, shadow, found)
     if below is not None:
         yield below
+    # What views on that way have split, the pixels into rows and columns, is one axis to the others.
+    found.space.parts = known
     weighting = found.weighting
     for place, end in enumerate(weighting.divisors):
         rest = (*weighting.divisors[:place], *weighting.divisors[place + 1 :])

@@ -41,6 +41,10 @@ class RowSum:
         return RowSum(self.ends + other.ends, self.summed + other.summed, both)
 
 
+_NO_SUM = "what the output is divided by is no sum of weights"
+_WHY = {"abs": ", but of their absolute values, which needs each of them; take the absolute value of the sum"}
+
+
 @dataclass(frozen=True, slots=True)
 class SumReader:
     """Walks upwards to the base tensors `bases`; what does not come from them is a factor."""
@@ -56,7 +60,7 @@ class SumReader:
         if not self._comes_from_bases(node):
             return RowSum(weighting=Weighting(factors=(end,)))
         if depth > LONGEST or node.op != "call_function":
-            raise Reject("what the output is divided by is no sum of weights", node, 1)
+            raise Reject(_NO_SUM, node, 1)
         found = self._step(node, end.dims, depth + 1)
         return replace(found, weighting=replace(found.weighting, path=(node, *found.weighting.path)))
 
@@ -95,7 +99,7 @@ class SumReader:
         if operation(node) == "mul" and len(steps) == 2:
             return self._all((end_of(held[name], dims, node) for name in ("self", "other")), depth)
         if len(steps) != 1 or operation(node) in STRANGE:
-            raise Reject("what the output is divided by is no sum of weights", node, 1)
+            raise Reject(_NO_SUM + _WHY.get(operation(node), ""), node, 1)
         found = self.read(End(steps[0].node, steps[0].dims, node), depth)
         return replace(found, weighting=steps[0].fold(found.weighting))
 

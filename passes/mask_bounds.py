@@ -100,6 +100,18 @@ def bounds_for(node: Node, sizes: Mapping[Role, Size]) -> Bounds:
     return Bounds(counts, dict(getattr(env, "var_to_range", {})))
 
 
+def guarded(env: Any) -> list[sympy.Expr]:
+    """Expressions over symbolic sizes that the guards of a graph keep at 0 or below."""
+    guards = (sympy.And.make_args(guard.expr) for guard in getattr(env, "guards", ()))
+    found = [
+        part
+        for parts in guards
+        for part in parts
+        if isinstance(part, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt)
+    ]
+    return [sympy.expand(part.lts - part.gts + int(isinstance(part, sympy.Lt | sympy.Gt))) for part in found]
+
+
 def integer_of(value: Any) -> sympy.Expr | None:
     """A Python int, a SymInt, or a node that holds one, as an expression; None for anything else."""
     if isinstance(value, Node):

@@ -44,7 +44,12 @@ class Planes:
     rest: float
 
 
-Form = Spaced | Diagonals | Planes
+@dataclass(frozen=True, slots=True)
+class Negative:
+    """Along the only dimension that is longer than 1 all numbers lie below 0, and none is infinite: log decays."""
+
+
+Form = Spaced | Diagonals | Planes | Negative
 
 
 def form_of(held: Tensor) -> Form | None:
@@ -56,8 +61,13 @@ def form_of(held: Tensor) -> Form | None:
     if bool((values == first).all()):
         return Spaced(float(first)) if _is_exact(values) else None
     if values.dim() == 1 and _is_exact(values):
-        return _spaced(values)
+        return _spaced(values) or _negative(values)
     return _diagonals(values) if values.dim() == 2 else None
+
+
+def _negative(values: Tensor) -> Form | None:
+    below = values.dtype.is_floating_point and bool(((values < 0) & values.isfinite()).all())
+    return Negative() if below else None
 
 
 def _is_exact(values: Tensor) -> bool:

@@ -200,6 +200,13 @@ ON_INTEGERS: Mapping[str, Callable[..., sympy.Expr | None]] = {
     "remainder": _remainder,
     "pow": lambda a, b: a**b if b.is_Integer and 0 <= b <= 2 else None,
 }
+
+
+def _log(value: float) -> float:
+    """As torch has it: -inf at 0."""
+    return math.log(value) if value != 0 else -math.inf
+
+
 ON_CONSTANTS: Mapping[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -211,7 +218,7 @@ ON_CONSTANTS: Mapping[str, Callable[..., float]] = {
     "minimum": min,
     "pow": lambda a, b: a**b,
     "exp": math.exp,
-    "log": math.log,
+    "log": _log,
     "sqrt": math.sqrt,
 }
 

@@ -156,6 +156,11 @@ def _cat(at: At) -> Value:
     return piecewise(at, list(tensors), dim, at.index)
 
 
+def _hstack(at: At) -> Value:
+    """Side by side: along the second dimension, of what has one."""
+    return piecewise(at, list(at.args["tensors"]), min(1, len(at.index) - 1), at.index)
+
+
 def piecewise(at: At, pieces: list[Node], dim: int, index: Index) -> Value:
     """The element of tensors laid one after the other along `dim`."""
     first, *rest = pieces
@@ -282,8 +287,8 @@ VIEWS: Mapping[object, Rule] = MappingProxyType(
         "flip": _view(_flip),
         "slice_scatter": _slice_scatter,
         "select_scatter": _select_scatter,
-        "cat": _cat,
-        "concat": _cat,
+        **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
+        "hstack": _hstack,
         "pad": _pad,
         "constant_pad_nd": _pad,
         "index": _index,

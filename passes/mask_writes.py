@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.utils._sympy.functions import Max
 
-from attnopt.passes.mask_bounds import integer_of
+from attnopt.passes.mask_bounds import guarded, integer_of
 from attnopt.passes.sizes import shape_of
 from attnopt.shadow import written
 
@@ -180,7 +181,26 @@ def start_of(value: Any, size: sympy.Expr) -> sympy.Expr | None:
     start = integer_of(value)
     if start is None:
         return None
-    if start.is_nonnegative:
+    if _is_nonnegative(start) or _is_guarded(value, start):
         return start
     from_front = sympy.expand(start + size)
-    return from_front if start.is_negative and from_front.is_nonnegative else None
+    return from_front if start.is_negative and _is_nonnegative(from_front) else None
+
+
+def _is_nonnegative(expr: sympy.Expr) -> bool:
+    """Whether expr >= 0 for certain; the larger of several is at least each of them."""
+    if expr.is_nonnegative:
+        return True
+    for largest in expr.atoms(Max, sympy.Max):
+        if expr.coeff(largest) == 1 and any(
+            _is_nonnegative(sympy.expand(expr - largest + one)) for one in largest.args
+        ):
+            return True
+    return False
+
+
+def _is_guarded(value: Any, start: sympy.Expr) -> bool:
+    """Whether a symbolic number is at least 0 wherever the guards of the graph hold."""
+    held = value.meta.get("val") if isinstance(value, Node) else value
+    facts = guarded(held.node.shape_env) if isinstance(held, SymInt) else []
+    return any(_is_nonnegative(sympy.expand(start + fact)) for fact in facts)

@@ -45,6 +45,16 @@ def candidates(shadow: Shadow) -> Iterator[Candidate]:
             yield Candidate(node, _distinct(path), facts)
 
 
+def numerators(candidate: Candidate) -> Iterator[Candidate]:
+    """What the end of a candidate divides or multiplies, where that is made of products as the other factor is."""
+    top, facts = candidate.roots[0], candidate.facts
+    if name_of(top) not in ("mul", "div"):
+        return
+    for node in dict.fromkeys(top.all_input_nodes):
+        if facts.depth_of(node) > 1 and seen_shape(node) == seen_shape(top):
+            yield Candidate(node, _distinct(list(_ascend(facts, node))), facts)
+
+
 def _leaves_arithmetic(shadow: Shadow, facts: Facts, node: Node) -> bool:
     return node in shadow.results or any(user not in facts.depth for user in shadow.users(node))
 

@@ -71,17 +71,27 @@ def _is_matrix(node: Node) -> bool:
 
 
 def is_outer(node: Node) -> bool:
-    """A product of two tensors each of which is spread along a dimension of the other."""
+    """A product of two tensors each of which is spread along a dimension of the other.
+
+    That of a tensor with itself is none: features of the second degree, of one position.
+    """
     if name_of(node) not in ("mul", "multiply"):
         return False
     factors = [x for x in node.args[:2] if isinstance(x, Node) and is_float(x)]
-    if len(factors) < 2:
+    if len(factors) < 2 or len(set(map(_viewed, factors))) < 2:
         return False
     shapes = [shape_of(x) for x in factors]
     rank = max(map(len, shapes))
     left, right = ((1,) * (rank - len(s)) + s for s in shapes)
     spread = [is_one(a) - is_one(b) for a, b in zip(left, right, strict=True)]
     return 1 in spread and -1 in spread and min(map(len, shapes)) > 1
+
+
+def _viewed(node: Node) -> Node:
+    """The tensor of which a node is a view."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_product(node: Node) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
+from attnopt.passes.constants import uniform
 from attnopt.passes.contraction import Contraction, contraction, label_up, scaled_by_sizes, summed_product
 from attnopt.passes.layout import Dims, Space, step_up
 from attnopt.passes.mask_writes import writes_after
@@ -84,7 +85,7 @@ class ScoreReader:
                 f"the scores are {form.node.meta['val'].dtype}, not floating point", form.node, len(here.path)
             )
         terms = here.terms
-        if form.added is not None:
+        if form.added is not None and uniform(form.added) != 0:
             here = settled(here)
             terms = (*terms, added_term(form.node, form.added, dims, here, form.added_factor))
         q, k = label_up(self.space, form, dims)

@@ -55,7 +55,10 @@ def need_uncapped(here: Scores, node: Node, what: str) -> None:
 def need_unscaled(here: Scores, node: Node, what: str) -> None:
     """What stands inside a scale that is data of unknown sign may come out as its opposite."""
     if here.factors:
-        raise Reject(f"{what} inside a scale that is a tensor is not understood", node, len(here.path))
+        advice = "; scale the scores first, or by a number"
+        raise Reject(
+            f"{what} inside a scale that is a tensor is not understood{advice}", node, len(here.path)
+        )
 
 
 def name_of(node: Node) -> str:

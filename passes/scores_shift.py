@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from attnopt.passes.layout import CASTS, COPIES, Axes, Dims, broadcast_up, input_node
+from attnopt.passes.layout import CASTS, COPIES, EXPANDS, Axes, Dims, broadcast_up, input_node
 from attnopt.passes.sizes import shape_of
 
 aten = torch.ops.aten
@@ -35,6 +35,11 @@ def tops_of(added: Node, scores: Node, dims: Dims) -> Axes:
     if kept != (restored is None) or (restored is not None and restored % rank != at):
         return ()
     return broadcast_up(dims, shape_of(scores))[at]
+
+
+def unexpanded(added: Node) -> Node:
+    """What is the same addend, once it is broadcast: as it was before it was expanded to the shape of the scores."""
+    return input_node(added) if added.target in EXPANDS else added
 
 
 def _origin(node: Node) -> Node:

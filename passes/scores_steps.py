@@ -23,7 +23,7 @@ from attnopt.passes.scores_moves import (
     settled,
     up,
 )
-from attnopt.passes.scores_shift import tops_of
+from attnopt.passes.scores_shift import tops_of, unexpanded
 from attnopt.passes.sizes import is_positive, shape_of
 from attnopt.passes.terms import Cast, Fill, Scores, Term
 from attnopt.rule import Reject
@@ -120,7 +120,9 @@ def _add(
         if number is not None:
             return [up(scores, dims, _shifted(node, here, weight, number * added_weight))]
         below = settled(here)
-        term = replace(added_term(node, added, dims, below, added_weight), tops=tops_of(added, scores, dims))
+        tops = tops_of(unexpanded(added), scores, dims)
+        addend = unexpanded(added) if tops else added
+        term = replace(added_term(node, addend, dims, below, added_weight), tops=tops)
         found.append(up(scores, dims, replace(below, scale=below.scale * weight, terms=(*below.terms, term))))
     return found
 

@@ -1,6 +1,6 @@
 """Arithmetic on sizes that may be symbolic, without ever installing a guard."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -107,6 +107,17 @@ _KEEP_SIGN = frozenset(
 _POWERS = frozenset({"Pow", "FloatPow", "PowByNatural"})
 
 
+def seen_symbols(values: Iterable[Any]) -> dict[sympy.Symbol, int]:
+    """The symbols of which sizes are made, each with the number that it was while tracing, where that is known."""
+    seen: dict[sympy.Symbol, int] = {}
+    for value in values:
+        if isinstance(value, torch.SymInt):
+            environment = value.node.shape_env
+            known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+            seen |= {s: int(known[s]) for s in value.node.expr.free_symbols if s in known}
+    return seen
+
+
 @dataclass(slots=True)
 class Concrete:
     """Numbers for sizes: `literals` replaces numbers of the graph by smaller ones, `symbols` values each symbol."""
@@ -115,13 +126,19 @@ class Concrete:
     symbols: dict[sympy.Symbol, int] = field(default_factory=dict)
 
     def of(self, size: Size | torch.SymInt) -> int:
-        """The number for one size. Symbols not seen before get small odd numbers, all different."""
+        """The number for one size. Symbols not seen before get small odd numbers, all different.
+
+        Raises ValueError where a size is divided by one that these numbers make 0.
+        """
         known = size_of(size) if isinstance(size, torch.SymInt) else size
         if isinstance(known, int):
             return self.literals.get(known, known)
         for symbol in sorted(known.free_symbols, key=str):
             self.symbols.setdefault(symbol, 5 + 2 * len(self.symbols))
-        return int(known.subs(self.symbols))
+        try:
+            return int(known.subs(self.symbols))
+        except ZeroDivisionError as problem:
+            raise ValueError(f"{known} has no value where {self.symbols}") from problem
 
     def number(self, value: torch.SymInt | torch.SymFloat) -> float:
         """The number for a symbolic one: for a float from outside that which was seen while tracing."""

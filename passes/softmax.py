@@ -24,7 +24,6 @@ from attnopt.passes.site import (
     Operand,
     Result,
     Roles,
-    assign_roles,
     check_unmutated,
     flat,
     outside_uses,
@@ -34,7 +33,7 @@ from attnopt.passes.site import (
 )
 from attnopt.passes.sizes import product
 from attnopt.passes.softmax_form import Form
-from attnopt.passes.softmax_frame import Frame, is_per_query, read_logits, read_result, read_sink
+from attnopt.passes.softmax_frame import Frame, is_per_query, read_logits, read_result, read_roles, read_sink
 from attnopt.passes.softmax_joined import Joined, Product, join, products
 from attnopt.passes.softmax_nodes import depends_on
 from attnopt.passes.softmax_ones import read_ones
@@ -76,8 +75,7 @@ def site_around(rule: str, form: Form, shadow: Shadow) -> Site:
         rule, output.root, output.dims, dims, key, interior,
         change=weights.change, sink=output.sink, sharp=form.sharp, after=after,
     )  # fmt: skip
-    site = build(space, shadow, parts, frame, safe=form.safe)
-    return replace(site, unshifted=form.unshifted)
+    return replace(build(space, shadow, parts, frame, safe=form.safe), unshifted=form.unshifted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ def build(space: Space, shadow: Shadow, parts: Parts, frame: Frame, *, safe: boo
     (q_node, q_dims, q_factor), (k_node, k_dims, k_factor), (v_node, v_dims, v_factor) = _peeled(space, parts)
     if v_factor != 1.0:
         v_node, v_dims = parts.v
-    roles = assign_roles(space, q_dims, k_dims, v_dims, frame.weights, frame.key, _sink_axes(space, frame))  # type: ignore[arg-type]
+    roles = read_roles(space, frame, parts.scores, (q_dims, k_dims, v_dims))
     _need_own_keys(space, roles, (k_node, k_dims), v_dims)
     parts = replace(parts, scores=blended(LogitsReader(space, roles), parts.scores))
     scale = parts.scores.scale * q_factor * k_factor
@@ -226,12 +224,6 @@ def _needless(shadow: Shadow, frame: Frame, operands: Mapping[str, Operand | Fil
     return ""
 
 
-def _sink_axes(space: Space, frame: Frame) -> Axes:
-    """The axes along which a sink varies."""
-    term = None if frame.sink is None else frame.sink.term
-    return () if term is None else flat(space, peel(space, term.node, term.dims)[1])
-
-
 def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node], joined: Joined) -> torch.dtype:
     q, k, v = bases
     out = root.meta["val"].dtype
@@ -246,15 +238,13 @@ def _dtype(parts: Parts, root: Node, bases: tuple[Node, Node, Node], joined: Joi
 
 def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, frame: Frame) -> AttentionSpec:
     root = frame.root
-    share = product(a.size for a in roles.share)
     if not isfinite(scale):
         raise Reject(f"the scores are scaled by {scale}", root)
-    if not isinstance(share, int):
-        raise Reject("the number of query heads to a key head is symbolic", root)
     form: Contraction | None = scores.form
     held = form.node.meta["val"].dtype if form is not None else None
+    heads = Heads(int(product(a.size for a in roles.share)))
     return AttentionSpec(
-        "softmax", scale, Heads(share), logits.mask, logits.empty_row, logits.bias, scores.softcap,
+        "softmax", scale, heads, logits.mask, logits.empty_row, logits.bias, scores.softcap,
         dropout=frame.change.dropout, alibi=logits.alibi,
         precision=Precision(scores=held, out=root.meta["val"].dtype),
     )  # fmt: skip

@@ -9,14 +9,15 @@ from torch.fx import Node
 
 from attnopt.mask import FULL, Mask
 from attnopt.passes.alibi_site import read_with_line
-from attnopt.passes.layout import Dims, Space
+from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.logits import LogitsReader
 from attnopt.passes.logits_found import Logits
 from attnopt.passes.scores_factors import is_by_key
-from attnopt.passes.site import Filled, Operand, Result, Roles, peel
+from attnopt.passes.site import Filled, Operand, Result, Roles, assign_roles, flat, peel
+from attnopt.passes.sizes import product
 from attnopt.passes.softmax_form import Sink
 from attnopt.passes.softmax_nodes import same_value
-from attnopt.passes.terms import Fill, Scores
+from attnopt.passes.terms import Fill, Scores, Term
 from attnopt.passes.weights import Change
 from attnopt.rule import Reject
 from attnopt.spec import MEANS, EmptyRow
@@ -45,6 +46,42 @@ class Frame:
 
 #: exp() of this or less is 0, in fp64 too.
 _VANISHING = -1000.0
+
+
+def read_roles(space: Space, frame: Frame, scores: Scores, operands: tuple[Dims, Dims, Dims]) -> Roles:
+    """What the axes of a site mean; where no number says how many heads share a key, keys are repeated for each."""
+    weights = _facing(space, frame, scores, operands[1:])
+    roles = assign_roles(space, *operands, weights, frame.key, _sink_axes(space, frame))  # type: ignore[arg-type]
+    share = product(a.size for a in roles.share)
+    return roles if isinstance(share, int) else replace(roles, kv_heads=roles.heads, share=())
+
+
+def _facing(space: Space, frame: Frame, scores: Scores, keys: Sequence[Dims]) -> Dims:
+    """The dimensions of the weights, with the queries beside the keys.
+
+    keys: the dimensions of keys and values. Where these have no heads and queries stand before heads (DeepSeek-V2,
+    arXiv 2405.04434, absorbed), queries are what masks tell apart, and heads what they do not.
+    """
+    key = {*space.leaves(frame.key)}  # type: ignore[arg-type]
+    held = {a for dims in keys for a in flat(space, dims)} | key
+    alone = [n for n, axes in enumerate(frame.weights) if axes and not held & {*space.leaves(axes)}]
+    rank = len(frame.weights)
+    if len(alone) != 2 or alone[-1] != rank - 2 or not key & {*space.leaves(frame.weights[-1])}:
+        return frame.weights
+    first, beside = ({*space.leaves(frame.weights[n])} for n in alone)
+    parts: tuple[Fill | Term, ...] = (*scores.fills, *scores.terms)
+    masks = [axes for part in parts if key & (axes := {*flat(space, part.dims)})]
+    told = [bool(axes & first) - bool(axes & beside) for axes in masks]
+    if 1 not in told or -1 in told:
+        return frame.weights
+    order = [n for n in range(rank) if n not in alone]
+    return tuple(frame.weights[n] for n in (*order[:-1], *reversed(alone), order[-1]))
+
+
+def _sink_axes(space: Space, frame: Frame) -> Axes:
+    """The axes along which a sink varies."""
+    term = None if frame.sink is None else frame.sink.term
+    return () if term is None else flat(space, peel(space, term.node, term.dims)[1])
 
 
 def _weighs_nothing(reader: LogitsReader, frame: Frame, fill: Fill) -> bool:

@@ -58,7 +58,7 @@ class Place:
 def read_output(form: Form, shadow: Shadow, weights: Weights) -> Output:
     """The root of a site: the product with the values, or the division or the gate after it."""
     product = weights.form.node
-    width = _width(form, weights)
+    width, known = _width(form, weights), dict(form.space.parts)
     for place in _places(form.space, shadow, Place(product, weights.out_dims)):
         for user in shadow.users(place.node):
             found = _ending(form, user, place, width)
@@ -66,6 +66,8 @@ def read_output(form: Form, shadow: Shadow, weights: Weights) -> Output:
                 path = (between(shadow, product, user) | {product}) - {user}
                 beside = between(shadow, form.logits, user) - {user}
                 return Output(user, place.dims, path, beside, found[0] or form.sink)
+    # What views on the way to nothing have split, the pixels into rows and columns, is one axis of queries.
+    form.space.parts = known
     if form.undivided is not None:
         raise Reject(
             "exp is multiplied with values, but what comes out is not divided by its sum", product, 3

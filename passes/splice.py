@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.passes import emit
 from attnopt.passes.mask_writes import sharing, writes_after
-from attnopt.passes.splice_layout import is_laid_out_as, memory_order, shows_layout
+from attnopt.passes.splice_layout import is_laid_out_as, laid_out, shows_layout
 from attnopt.passes.splice_names import other_names
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
@@ -67,13 +67,7 @@ def _is_written_later(node: Node, site: Site) -> bool:
 def _laid_out(shadow: Shadow, end: Node, value: Tensor) -> Tensor:
     if writes_after(end, None):
         value = value.clone()  # a kernel's backward pass may need what it returned as it was
-    if not shows_layout(shadow, end):
-        return value
-    order = memory_order(end.meta["val"])
-    if order == sorted(order):
-        return value.contiguous()
-    back = [order.index(d) for d in range(len(order))]
-    return value.permute(order).contiguous().permute(back)
+    return laid_out(value, end.meta["val"]) if shows_layout(shadow, end) else value
 
 
 def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, Node]) -> None:
@@ -81,7 +75,7 @@ def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, N
 
     values: shadow node -> the original node with its value, as the splices so far have left the graph; is updated.
     """
-    if site.body:
+    if site.body and not _is_part_of_a_call(shadow, site):
         _splice_loop(shadow, site, traced, values)
         return
     graph = shadow.original.graph
@@ -98,6 +92,12 @@ def splice(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, N
                 name.replace_all_uses_with(value, lambda user: place < user)
         else:
             _expand(shadow, graph, values, place)
+
+
+def _is_part_of_a_call(shadow: Shadow, site: Site) -> bool:
+    """Whether a loop, which writes nowhere, ends inside one call of the original graph that does more than it."""
+    known = any(value is site.root for value in shadow.outputs.values())
+    return site.state is None and not known and not any(map(_has_effect, _originals(shadow, site.interior)))
 
 
 def _splice_loop(shadow: Shadow, site: Site, traced: GraphModule, values: dict[Node, Node]) -> None:

@@ -130,7 +130,8 @@ class WeightsReader:
             moved = step_down(self.space, user, here.dims)
             if moved is not None and input_node(user) is here.node:
                 return moved
-        raise Reject(f"{user.target} between the softmax and the values is not understood", user)
+        advice = _INSTEAD.get(user.target, "")
+        raise Reject(f"{user.target} between the softmax and the values is not understood{advice}", user)
 
     def _contract(self, form: Contraction, here: Here) -> Weights:
         if form.lhs is form.rhs:
@@ -277,6 +278,14 @@ def _nan_to_num(reader: WeightsReader, user: Node, here: Here) -> Change:
         raise Reject(f"NaN among the weights becomes {nan}", user)
     return replace(here.change, zeroed=True)
 
+
+#: What says the same, by the linearity of the product with the values.
+_ADDED = "; multiply with the values first, and add the outputs"
+_CUT = "; multiply all weights with the values in one product, and cut that"
+_INSTEAD: dict[Any, str] = {
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _ADDED),
+    **dict.fromkeys((aten.slice.Tensor, aten.select.int), _CUT),
+}
 
 _STEPS: dict[Any, Callable[[WeightsReader, Node, Here], Change]] = {
     aten.dropout.default: _dropped,

@@ -79,9 +79,13 @@ def test_integers_stay_exact_and_fractions_of_positions_stay_calls():
     assert compute("exp", -math.inf) == 0
 
 
+def test_the_logarithm_of_nothing_is_minus_infinity_as_in_torch():
+    assert compute("log", sympy.Integer(0)) == -math.inf
+
+
 @pytest.mark.parametrize(
     ("operation", "leaves"),
-    [("div", (sympy.Integer(1), sympy.Integer(0))), ("mul", (math.nan, 2.5)), ("log", (sympy.Integer(0),))],
+    [("div", (sympy.Integer(1), sympy.Integer(0))), ("mul", (math.nan, 2.5)), ("log", (sympy.Integer(-1),))],
 )
 def test_what_has_no_value_is_not_understood(operation, leaves):
     with pytest.raises(NotUnderstood):

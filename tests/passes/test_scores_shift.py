@@ -31,6 +31,8 @@ def less(top: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         lambda s: s.max(dim=-1)[0].unsqueeze(-1),
         lambda s: s.max(3)[0][..., None].detach(),
         lambda s: s.clone().amax(3).unsqueeze(3),
+        lambda s: s.max(-1, keepdim=True)[0].expand_as(s),
+        lambda s: s.amax(-1, keepdim=True).expand(s.shape),
     ],
 )
 def test_the_largest_of_a_row_drops_out(top: Callable[[Tensor], Tensor]) -> None:
@@ -50,6 +52,7 @@ def test_the_largest_of_a_row_drops_out(top: Callable[[Tensor], Tensor]) -> None
         lambda s: s.abs().amax(-1, keepdim=True),
         lambda s: s.amin(-1, keepdim=True),
         lambda s: s[..., :3].amax(-1, keepdim=True),
+        lambda s: s.amax(-2, keepdim=True).expand_as(s),
     ],
 )
 def test_anything_else_stays_a_bias(top: Callable[[Tensor], Tensor]) -> None:
