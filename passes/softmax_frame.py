@@ -52,6 +52,7 @@ def read_roles(space: Space, frame: Frame, scores: Scores, operands: tuple[Dims,
     """What the axes of a site mean; where no number says how many heads share a key, keys are repeated for each."""
     weights = _facing(space, frame, scores, operands[1:])
     roles = assign_roles(space, *operands, weights, frame.key, _sink_axes(space, frame))  # type: ignore[arg-type]
+    roles = _with_whole_rows(space, frame, scores, roles, operands[0])
     share = product(a.size for a in roles.share)
     return roles if isinstance(share, int) else replace(roles, kv_heads=roles.heads, share=())
 
@@ -76,6 +77,26 @@ def _facing(space: Space, frame: Frame, scores: Scores, keys: Sequence[Dims]) ->
         return frame.weights
     order = [n for n in range(rank) if n not in alone]
     return tuple(frame.weights[n] for n in (*order[:-1], *reversed(alone), order[-1]))
+
+
+def _with_whole_rows(space: Space, frame: Frame, scores: Scores, roles: Roles, q: Dims) -> Roles:
+    """Queries that come as rows and columns of an image, and are one dimension of the weights, are one axis.
+
+    Not if a mask tells them apart, nor where queries hold them beside heads, as grouped heads are.
+    """
+    places = [space.leaves(axes) for axes in frame.weights]
+    own = next((axes for axes in places if {*roles.query} & {*axes}), ())
+    rows = tuple(a for a in own if a in roles.share or a in roles.query)
+    heads = {*roles.kv_heads, *roles.batch}
+    if rows != own or any({*rows} & {*axes} and heads & {*axes} for axes in space.resolve(q)):
+        return roles
+    change = frame.change
+    parts = (*scores.fills, *scores.terms, *scores.factors, *(t for term in scores.terms for t in term.times))
+    after = (*change.times, *change.values, *change.kept, *change.hidden, *change.multiplied)
+    beside = [*(flat(space, part.dims) for part in (*parts, *after)), _sink_axes(space, frame)]
+    if any({*rows} & {*axes} and not {*rows} <= {*axes} for axes in beside):
+        return roles
+    return replace(roles, query=rows, share=tuple(a for a in roles.share if a not in rows))
 
 
 def _sink_axes(space: Space, frame: Frame) -> Axes:
