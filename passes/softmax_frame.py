@@ -91,9 +91,10 @@ def _with_whole_rows(space: Space, frame: Frame, scores: Scores, roles: Roles, q
     if rows != own or any({*rows} & {*axes} and heads & {*axes} for axes in space.resolve(q)):
         return roles
     change = frame.change
-    parts = (*scores.fills, *scores.terms, *scores.factors, *(t for term in scores.terms for t in term.times))
-    after = (*change.times, *change.values, *change.kept, *change.hidden, *change.multiplied)
-    beside = [*(flat(space, part.dims) for part in (*parts, *after)), _sink_axes(space, frame)]
+    fills: list[Fill] = [*scores.fills, *change.kept, *change.hidden, *change.multiplied]
+    terms: list[Term] = [*scores.terms, *scores.factors, *change.times, *change.values]
+    terms += [factor for term in scores.terms for factor in term.times]
+    beside = [flat(space, part.dims) for part in (*fills, *terms)] + [_sink_axes(space, frame)]
     if any({*rows} & {*axes} and not {*rows} <= {*axes} for axes in beside):
         return roles
     return replace(roles, query=rows, share=tuple(a for a in roles.share if a not in rows))
