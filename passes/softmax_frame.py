@@ -94,7 +94,8 @@ def _with_whole_rows(space: Space, frame: Frame, scores: Scores, roles: Roles, q
     fills: list[Fill] = [*scores.fills, *change.kept, *change.hidden, *change.multiplied]
     terms: list[Term] = [*scores.terms, *scores.factors, *change.times, *change.values]
     terms += [factor for term in scores.terms for factor in term.times]
-    beside = [flat(space, part.dims) for part in (*fills, *terms)] + [_sink_axes(space, frame)]
+    held = [*(fill.dims for fill in fills), *(term.dims for term in terms)]
+    beside = [*(flat(space, dims) for dims in held), _sink_axes(space, frame)]
     if any({*rows} & {*axes} and not {*rows} <= {*axes} for axes in beside):
         return roles
     return replace(roles, query=rows, share=tuple(a for a in roles.share if a not in rows))
