@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.linear_loop_alike import Shapes
-from attnopt.passes.linear_loop_constants import check_constants
+from attnopt.passes.linear_loop_constants import check_constants, check_numbers
 from attnopt.passes.linear_loop_decay import Found, above, check_positive, differing_head, find, measure
 from attnopt.passes.linear_loop_few import few
 from attnopt.passes.linear_loop_probe import Draw, Trial, patterns, probe, run
@@ -160,6 +160,7 @@ def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
 
 def _read_and_try(region: Region, tables: tuple[Table, ...]) -> "Reading | Reject":
     try:
+        check_numbers(region)
         shapes = few(region, tables)
         _check_size(region, shapes)
         with torch.inference_mode(mode=False), torch.enable_grad():

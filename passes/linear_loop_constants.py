@@ -16,12 +16,35 @@ from attnopt.passes.linear_loop_probe import Draw, sizes_of, symbols_of
 from attnopt.passes.mask_numbers import WIDE
 from attnopt.passes.replay import evaluate, resized
 from attnopt.passes.reroll_cut import Region
-from attnopt.passes.reroll_sizes import name_of
+from attnopt.passes.reroll_sizes import TAKES, name_of
 from attnopt.passes.sizes import Concrete
 from attnopt.rule import Reject
 
 #: What hands out memory that nobody has written to yet.
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
+
+
+#: Operations that take sizes to lay tensors out, not to compute with.
+_LAYS_OUT = TAKES | {
+    "zeros", "ones", "empty", "eye", "arange", "new_zeros", "new_ones", "new_empty", "view", "reshape", "_unsafe_view",
+    "unflatten", "expand", "broadcast_to", "repeat", "pad", "constant_pad_nd", "sym_size", "slice_scatter",
+    "select_scatter", "as_strided", "tril", "triu", "unfold", "roll", "zeros_like", "ones_like", "empty_like",
+}  # fmt: skip
+
+
+def check_numbers(region: Region) -> None:
+    """Raises Reject where a symbolic size is computed with: trials would take it for the number that it was."""
+    for node in region.nodes:
+        symbolic = [
+            x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.SymInt | torch.SymFloat)
+        ]
+        if symbolic and name_of(node) not in _LAYS_OUT:
+            raise Reject(
+                f"a loop over positions computes with {symbolic[0].name}, a number made of symbolic sizes; "
+                "multiply the queries by it before the loop",
+                node,
+                3,
+            )
 
 
 def check_constants(region: Region, shapes: Shapes) -> None:
@@ -32,7 +55,7 @@ def check_constants(region: Region, shapes: Shapes) -> None:
     """
     constant = tuple(_constant(region))
     sizes = sizes_of(region, Draw(0))
-    numbers = {node: sizes.of(node.meta["val"]) for node in region.numbers}
+    numbers = {node: sizes.number(node.meta["val"]) for node in region.numbers}
     wanted = {node: [sizes.of(size) for size in shape] for node, shape in shapes.items()}
     wide = evaluate(constant, numbers, sizes, wanted)
     held = _as_held(constant, numbers, sizes, wanted)
@@ -58,7 +81,10 @@ def _constant(region: Region) -> Iterator[Node]:
 
 
 def _as_held(
-    nodes: tuple[Node, ...], numbers: dict[Node, int], sizes: Concrete, shapes: Mapping[Node, Sequence[int]]
+    nodes: tuple[Node, ...],
+    numbers: Mapping[Node, float],
+    sizes: Concrete,
+    shapes: Mapping[Node, Sequence[int]],
 ) -> dict[Node, Any]:
     """Their values in the graph's own types."""
     known: dict[Node, Any] = dict(numbers)
@@ -73,8 +99,8 @@ def _argument(value: Any, known: dict[Node, Any], sizes: Concrete) -> Any:
     match value:
         case Node():
             return known[value]
-        case torch.SymInt():
-            return sizes.of(value)
+        case torch.SymInt() | torch.SymFloat():
+            return sizes.number(value)
         case torch.device():
             return torch.device("cpu")
     return value

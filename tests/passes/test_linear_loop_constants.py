@@ -1,5 +1,7 @@
 """Masks of linear attention that are made of positions in a half type: exact as far as the type counts."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compiling import check_like_eager
@@ -51,3 +53,35 @@ def test_positions_in_a_half_type_are_not_trusted_at_any_length(dtype: torch.dty
 
     report = check_like_eager(attend, torch.randn(3, 1, 2, 40, 4).unbind(), fixed=(1, 2, 4))
     assert not report.having("rewritten")
+
+
+def loop(scaled: Callable[[Tensor, int], Tensor]) -> Callable[..., Tensor]:
+    """A recurrence over six tokens, whose queries are scaled at each of them by something made of their width."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        state, out = torch.zeros(2, 3, q.shape[-1], v.shape[-1]), torch.empty_like(v)
+        for t in range(6):
+            state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+            out[:, t] = torch.einsum("bhkv,bhk->bhv", state, scaled(q[:, t], q.shape[-1]))
+        return out
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    "scaled", [lambda q, n: q * n**-0.5, lambda q, n: q / n, lambda q, n: q * n, lambda q, n: q / n**0.5]
+)
+def test_a_loop_that_computes_with_a_symbolic_width_is_right_at_every_width(
+    scaled: Callable[[Tensor, int], Tensor],
+) -> None:
+    attend = loop(scaled)
+    check_like_eager(attend, torch.randn(3, 2, 6, 3, 5).unbind(), fixed=(2, 6, 3))
+    compiled = torch.compile(attend, backend="attnopt", options={"inner": "eager"}, dynamic=True)
+    for width in (5, 7, 9, 11):
+        given = torch.randn(3, 2, 6, 3, width, dtype=torch.float64).unbind()
+        torch.testing.assert_close(compiled(*given), attend(*given).double())
+
+
+def test_a_loop_that_only_lays_out_symbolic_sizes_is_read() -> None:
+    report = check_like_eager(loop(lambda q, _: q), torch.randn(3, 2, 6, 3, 5).unbind(), fixed=(2, 6, 3))
+    assert [(site.verdict, site.spec) for site in report.sites] == [("rewritten", "linear scale=1 causal")]
