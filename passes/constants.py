@@ -92,9 +92,16 @@ def _evaluate(node: Node, known: Known, depth: int) -> float | None:
 def _rounded(value: float | None, node: Node) -> float | None:
     """As the graph holds it: a float32 square root is not the double one."""
     dtype = node.meta["val"].dtype
-    if not isinstance(value, float) or not (dtype.is_floating_point or isfinite(value)):
+    if not isinstance(value, float) or not _fits(value, dtype):
         return None
     return float(torch.tensor(value, dtype=dtype))
+
+
+def _fits(value: float, dtype: torch.dtype) -> bool:
+    """Whether a type holds the number: what a cast to integers makes of another depends on the machine."""
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        return dtype != torch.bool or isfinite(value)
+    return isfinite(value) and torch.iinfo(dtype).min <= int(value) <= torch.iinfo(dtype).max
 
 
 #: Operations that hold one of their arguments everywhere, and which one.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import isfinite
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -10,7 +11,7 @@ from attnopt.passes.layout import CASTS, Space, broadcast_up, input_node
 from attnopt.passes.linear_finite import check_finite
 from attnopt.passes.mask_writes import arguments, operation
 from attnopt.passes.site import Operand, Roles
-from attnopt.passes.sizes import shape_of
+from attnopt.passes.sizes import seen_float, shape_of
 from attnopt.passes.terms import NEGLIGIBLE, Fill, Term, held_as
 from attnopt.rule import Reject
 
@@ -51,7 +52,13 @@ _ELEMENTWISE = frozenset(
     {
         "mul", "div", "add", "sub", "rsub", "neg", "where", "masked_fill", "to", "_to_copy", "unsqueeze", "squeeze",
         "expand", "view", "reshape", "slice", "select", "permute", "transpose", "mT", "clone", "contiguous", "full",
-        "full_like", "new_full", "fill", "clamp", "maximum", "minimum", "scalar_tensor", "lift_fresh_copy",
+        "full_like", "new_full", "fill", "clamp", "maximum", "minimum", "scalar_tensor", "lift_fresh_copy", "roll",
+        "flip", "repeat", "tile", "cat", "concat", "stack", "index", "index_select", "gather", "movedim", "swapaxes",
+        "t", "mH", "numpy_T", "tril", "triu", "pad", "constant_pad_nd", "flatten", "unflatten", "detach", "alias",
+        "type_as", "expand_as", "view_as", "reshape_as", "narrow", "unfold", "diagonal", "repeat_interleave", "rot90",
+        "index_fill", "index_put", "scatter", "masked_scatter", "copy", "slice_scatter", "select_scatter", "split",
+        "chunk", "unbind", "as_strided", "amax", "amin", "max", "min", "sum", "cumsum", "abs", "relu", "multiply",
+        "divide", "true_divide", "subtract", "negative", "addcmul", "lerp", "clamp_min", "clamp_max", "_unsafe_view",
     }
 )  # fmt: skip
 
@@ -64,10 +71,18 @@ def numbers_written(node: Node) -> Iterator[float]:
         if operation(here) not in _ELEMENTWISE:
             continue
         call = arguments(here)
-        yield from (float(call[name]) for name in _VALUES if isinstance(call.get(name), int | float))
+        yield from (n for name in _VALUES if (n := _number_in(call.get(name))) is not None)
         above = [n for n in here.all_input_nodes if n not in seen]
         seen.update(above)
         pending.extend(above)
+
+
+def _number_in(argument: Any) -> float | None:
+    """A number, or the one that a symbolic float is now; attnopt.passes.settle fixes what a bias is made of."""
+    made = argument.meta.get("val") if isinstance(argument, Node) else argument
+    if isinstance(made, torch.SymFloat):
+        return seen_float(made)
+    return float(made) if isinstance(made, int | float) else None
 
 
 #: Arguments that are numbers to compute with; others are sizes and places.

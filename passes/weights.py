@@ -170,7 +170,11 @@ class WeightsReader:
         if dims is not None:
             return replace(here.change, times=(*here.change.times, Term(other, dims, inverse=inverse)))
         dims = broadcast_up(here.dims, shape_of(other))
-        truth = None if inverse else truth_of(self.space, other, dims)
+        truth = truth_of(self.space, other, dims)
+        if truth is not None and inverse:
+            raise Reject(
+                "the weights are divided by a mask, which makes those that it hides NaN; multiply", user
+            )
         if truth is None:
             by_key = Term(other, dims, inverse=inverse, at=user)
             return replace(here.change, values=(*here.change.values, by_key))

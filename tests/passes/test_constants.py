@@ -1,5 +1,7 @@
 """Laws of numbers that a graph computes: the number is the one that the graph computes, and data is none."""
 
+import math
+
 import pytest
 import torch
 from graphs import aten_graph, dynamo_graphs, shadow_of
@@ -153,3 +155,10 @@ def test_a_float_from_outside_is_no_constant_but_has_a_present_value():
     assert present(root) == pytest.approx(0.6**0.5, rel=1e-7)
     assert present(root.args[0].args[1]) == 0.6
     assert present(0.5) == uniform(0.5) == 0.5
+
+
+@pytest.mark.parametrize("number", [-3.4e38, 2.0**63, -(2.0**32), math.nan])
+def test_a_number_that_an_integer_type_does_not_hold_is_no_constant(number: float) -> None:
+    graph = shadow_of(lambda x: x + torch.full((), number).to(torch.int32), X).module.graph
+    (cast,) = graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
+    assert uniform(cast) is None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compiling import check_like_eager
 from mutant_trials import Setting, judged
 from torch import Tensor
 
@@ -50,6 +51,14 @@ def spelled(number: float) -> list[tuple[Attend, str]]:
         scores = turned(scores_of(q, k) + torch.where(later(), number, 0.0))
         return (scores + padding(keep, number)).softmax(-1) @ v
 
+    def added_to_another_sequence(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = scores_of(q, k) + torch.where(later(), number, 0.0)
+        return (scores + padding(keep, number).roll([1], [0])).softmax(-1) @ v
+
+    def added_in_an_order(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = scores_of(q, k) + torch.where(later(), number, 0.0)
+        return (scores + padding(keep, number)[keep.sum(1).argsort()]).softmax(-1) @ v
+
     def filled_then_added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         return (scores_of(q, k).masked_fill(later(), number) + padding(keep, number)).softmax(-1) @ v
 
@@ -70,6 +79,8 @@ def spelled(number: float) -> list[tuple[Attend, str]]:
     return [
         (added_twice, "full bias x2"),
         (added_before_and_after_heads_are_turned, "full bias x2"),
+        (added_to_another_sequence, "full bias x2"),
+        (added_in_an_order, "full bias x2"),
         (filled_then_added, "mix several fill values"),
         (added_then_filled, "mix several fill values"),
         (filled_then_added_to_turned_heads, "mix several fill values"),
@@ -92,6 +103,17 @@ def test_what_eager_mixes_is_mixed_or_left_alone(attend: Attend, seen: str, trai
     assert (found.wrong, found.unsettled) == ("", "")
     (site,) = reports()[-1].sites
     assert seen in f"{site.spec} {site.reason}" or (training and "other gradients" in site.reason)
+
+
+def test_a_number_that_is_a_symbol_hides_keys_too() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        scores = scores_of(q, k) + torch.where(
+            later(), LOWEST, 0.0
+        )  # a global: Dynamo hands it over as a float
+        return (scores + torch.where(keep[:, None, None], 0.0, LOWEST).roll([1], [0])).softmax(-1) @ v
+
+    (site,) = check_like_eager(attend, inputs(), dynamic=True).attention
+    assert "causal" not in f"{site.spec}"
 
 
 @pytest.mark.parametrize("raised", [LOWEST, -1e30])
