@@ -47,19 +47,18 @@ def attnopt(
 ) -> Compiled:
     """The backend that `torch.compile` calls for each graph.
 
-    module: a Dynamo graph. inputs: its example inputs. options: see `attnopt.Options`. mode: accepted only as
-    "default"; modes of the inner compiler are set through `torch._inductor.config`.
+    module: a Dynamo graph. inputs: its example inputs. options: see `attnopt.Options`. mode: as for torch.compile
+    with Inductor, which gets it.
 
     Raises OptionError, and StrictError with `strict=True`; everything else falls back to the untouched graph.
     """
     from torch._dynamo.exc import RestartAnalysis
 
     chosen = Options.parse(options)
-    if mode not in (None, "default"):
-        raise OptionError(f"mode={mode!r} is not an option of this backend; wanted none, or 'default'")
+    settings = inner_settings(mode, chosen)
     spare = _copied(module) if any(note_on(value) is not None for value in inputs) else None
     offer_noted(module, inputs)
-    work = _Work(module, inputs, chosen)
+    work = _Work(module, inputs, chosen, settings)
     report, edits = work.rewritten()
     if chosen.verify != "off":
         report = measured(report, edits, module, inputs)
@@ -71,7 +70,7 @@ def attnopt(
         compiled = work.compiled(edits)
         notes = notes_of(module) if edits else []
         if notes and spare is not None:
-            plain = _Work(spare, inputs, chosen)
+            plain = _Work(spare, inputs, chosen, settings)
             compiled = Either(compiled, plain.compiled(plain.rewritten()[1]), notes)
     except RestartAnalysis:  # Dynamo traces the function once more, and asks again
         _forget(report)
@@ -80,11 +79,27 @@ def attnopt(
     return Noting(compiled, proven) if proven else compiled
 
 
-class _Work:
-    """One graph on its way. original, before: as it was, for checks at run time."""
+def inner_settings(mode: str | None, options: Options) -> dict[str, Any]:
+    """What a mode of torch.compile means to Inductor. Raises OptionError for one that is none, or where Inductor is not."""
+    if mode is None or mode == "default":
+        return {}
+    if options.inner != "inductor":
+        raise OptionError(f"mode={mode!r} is for inner='inductor', and inner is {options.inner!r}; leave out one")
+    from torch._inductor import list_mode_options
 
-    def __init__(self, module: GraphModule, inputs: Sequence[Any], options: Options) -> None:
-        self.module, self.inputs, self.options = module, inputs, options
+    try:
+        return list_mode_options(mode)
+    except RuntimeError as problem:
+        raise OptionError(str(problem)) from problem
+
+
+class _Work:
+    """One graph on its way. settings: of Inductor. original, before: as it was, for checks at run time."""
+
+    def __init__(
+        self, module: GraphModule, inputs: Sequence[Any], options: Options, settings: Mapping[str, Any]
+    ) -> None:
+        self.module, self.inputs, self.options, self.settings = module, inputs, options, settings
         self.original = copy.deepcopy(module) if options.verify in _AT_RUN_TIME else None
         self.before = _snapshot(module.graph) if offer(module, inputs) else None
 
@@ -93,7 +108,7 @@ class _Work:
 
     def compiled(self, edits: tuple[Edit, ...]) -> Compiled:
         """What runs it, behind the checks that what was read of it needs."""
-        compiled = _compile_rest(self.module, self.inputs, self.options)
+        compiled = _compile_rest(self.module, self.inputs, self.options, self.settings)
         if self.original is not None and edits:
             compiled = Watched(compiled, self.original, edits, self.options)
         guards: list[Holds] = [*guards_of(self.module), *premises(self.module, edits)] if edits else []
@@ -217,9 +232,12 @@ def _restore(saved: Sequence[tuple[GraphModule, Graph]]) -> None:
         body.recompile()
 
 
-def _compile_rest(module: GraphModule, inputs: Sequence[Any], options: Options) -> Compiled:
+def _compile_rest(
+    module: GraphModule, inputs: Sequence[Any], options: Options, settings: Mapping[str, Any]
+) -> Compiled:
     """The rest of the graph to the inner compiler; its cache keys are made from the rewritten graph."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    compiled: Compiled = lookup_backend(options.inner)(module, list(inputs))
+    given = {"config_patches": dict(settings)} if settings else {}
+    compiled: Compiled = lookup_backend(options.inner)(module, list(inputs), **given)
     return compiled

@@ -91,13 +91,13 @@ def _is_held(meta: Mapping[str, Any]) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """A real tensor that counts its versions and is not trained: positions, a table over pairs, decays of heads.
+    """A tensor with numbers that counts its versions and is not trained: positions, a table over pairs, decays of heads.
 
     Single numbers are left out: counters are kept like that, and change at each call.
     """
     return (
         type(value) is Tensor
-        and not value.is_inference()
+        and not (value.is_inference() or value.is_meta or value.is_quantized)
         and not value.requires_grad
         and value.layout == torch.strided
         and value.numel() <= LARGEST

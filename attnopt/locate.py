@@ -11,6 +11,7 @@ from torch.fx import Node
 from attnopt.passes.contraction import contraction
 from attnopt.shadow import Shadow
 
+_TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
 _WHOLE = frozenset(
     {
@@ -38,7 +39,8 @@ def where(node: Node, fallback: Node | None = None) -> Where:
             list(_FRAME.finditer(candidate.meta.get("stack_trace") or "")) if candidate is not None else []
         )
         if frames and candidate is not None:
-            frame = frames[-1]
+            # The user's own line, also where torch itself makes the call.
+            frame = next((f for f in reversed(frames) if not f["file"].startswith(_TORCH)), frames[-1])
             name = f"{Path(frame['file']).name}:{frame['line']}"
             return Where(where=name, module=_module(candidate), code=frame["code"].strip())
     return Where(where="?", module=_module(node), code="")

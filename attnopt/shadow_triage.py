@@ -35,8 +35,14 @@ HARMLESS = frozenset(re.findall(r"\w+", _NAMES))
 
 
 def may_hold_attention(module: GraphModule) -> bool:
-    """Whether some call of the graph could be a part of an attention."""
-    return any(_is_suspicious(node) for node in module.graph.nodes)
+    """Whether some call of the graph could be a part of an attention; a backward pass by itself holds none."""
+    return any(_is_suspicious(node) for node in module.graph.nodes) and not _is_backward(module)
+
+
+def _is_backward(module: GraphModule) -> bool:
+    """Whether it is the graph of compiled autograd: of all graphs of Dynamo, that one gets its inputs as a list."""
+    inputs = (node for node in module.graph.nodes if node.op == "placeholder")
+    return any(isinstance(node.meta.get("example_value"), list) or node.type is list for node in inputs)
 
 
 def _is_suspicious(node: Node) -> bool:

@@ -130,7 +130,8 @@ class Precision:
 class AttentionSpec:
     """One attention site. Operands: q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), and those named here.
 
-    softmax:  o = softmax(softcap(scale * q k^T) + bias..., over visible keys) v
+    softmax:  o = softmax(softcap(scale * q k^T) + bias..., over visible keys) v; with hidden_logit over all keys,
+              where that number is the logit of a hidden one
     linear:   o = (decay * mask * scale * q k^T) v, divided by the normaliser if there is one
     """
 
@@ -154,6 +155,7 @@ class AttentionSpec:
     precision: Precision = Precision()
     alibi: Alibi | None = None  # operand slopes, in at least fp32: one more bias, which no tensor holds
     stream: Stream | None = None  # never read from a graph, as `sparse`
+    hidden_logit: float | None = None  # of keys that the mask hides, where they weigh: a finite number
 
     def operand_names(self) -> tuple[str, ...]:
         """Every tensor that the site reads, in order; a kernel call must read exactly these."""
@@ -203,6 +205,8 @@ def _describe(spec: AttentionSpec, name: str) -> str:  # noqa: C901, PLR0912 - o
             return str(value)
         case "decay", Decay.PER_HEAD | Decay.PER_TOKEN:
             return f"decay {value.value}"
+        case "hidden_logit", float():
+            return f"hidden={value:g}"
         case (("softcap" | "dropout"), float()) if value:
             return f"{name}={value:g}"
         case "sparse", Sparse(rank, topk, local, beside):

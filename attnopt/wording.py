@@ -14,23 +14,36 @@ from attnopt.spec import AttentionSpec
 _ADVICE = (
     (r"quarantined", "please report it with the model's lines; the original computes the site"),
     (r"differs? .*from the graph|read it differently", "please report it: attnopt misread the site and noticed"),
+    (r"written to in place|in-place", "write the result to a new tensor instead"),
     (
         r"^an inner value .*(returned|used)",
         "do not return or reuse what lies inside (output_attentions=False), or compute it apart",
     ),
     (r"used outside", "return the last state only, or compute what is needed outside apart"),
     (r"dropout", "call model.eval(), or set the dropout of the attention to 0"),
-    (r"written to in place|in-place", "write the result to a new tensor instead"),
     (r"depends? on (data|sizes)", "give it a fixed size, or pass the number as a plain Python float"),
     (r"no_grad|detach|gradient of its own", "let gradients flow through the whole attention, or through none of it"),
     (r"different devices", "move q, k, v and the mask to one device"),
     (r"memory layout", "put .contiguous() behind the attention"),
     (r"delta rule|its own gate|selective|no kernel", ""),
+    (r"not linear in|decides by data", "nothing: it is neither softmax nor linear attention, and stays as it is"),
+    (r"does not sum over what the softmax normalised", "leave out what mixes the weights (talking heads), or leave it"),
+    (
+        r"^the weights are (multiplied|masked) by .*along the keys|not made of a mask",
+        "to hide keys, fill their scores with -inf before the softmax: what is only multiplied by 0 still weighs",
+    ),
+    (
+        r"column is joined|concatenated from several parts|columns are joined",
+        "concatenate the keys before Q K^T, and the values, instead of the scores",
+    ),
+    (r"value is not known", "fill with a Python number, such as float('-inf')"),
     (r"does not honour|is not served|kernel is allowed", "allow more kernels, or leave it: the site is understood"),
 )  # fmt: skip
 _INSTEAD = {
-    "softmax": "spell the step plainly, or call torch.nn.functional.scaled_dot_product_attention here",
-    "linear": "spell the step plainly, or call attnopt.ops.lightning_attention here",
+    "softmax": "spell the step plainly, or call torch.nn.functional.scaled_dot_product_attention here, "
+    "if that computes the same; if it does not, leave the site as it is",
+    "linear": "spell the step plainly, or call attnopt.ops.lightning_attention here, "
+    "if that computes the same; if it does not, leave the site as it is",
 }
 
 

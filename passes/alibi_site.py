@@ -35,9 +35,14 @@ def read_with_line(reader: LogitsReader, fills: Iterable[Fill], terms: Iterable[
         plain = reader.read(fills, terms)
     except Reject:
         return lined
-    same_factors = (plain.keys, plain.values) == (lined.keys, lined.values)
-    alike = plain.empty_row in (lined.empty_row, EmptyRow.ZERO) and same_factors
-    return replace(lined, plain=plain) if alike and not plain.forward_only else lined
+    return with_plain(lined, plain)
+
+
+def with_plain(logits: Logits, plain: Logits) -> Logits:
+    """The logits with another reading of them, which proves less, beside it, where both are served alike."""
+    same_factors = (plain.keys, plain.values) == (logits.keys, logits.values)
+    alike = plain.empty_row in (logits.empty_row, EmptyRow.ZERO) and same_factors
+    return replace(logits, plain=plain) if alike and not plain.forward_only else logits
 
 
 def _lined(
@@ -53,16 +58,24 @@ def _lined(
         logits = replace(reader, given=reader.given & line.visible).read(fills, rest)
     except Reject:
         return None
+    if logits.hidden_logit is not None and not (line.exact and _lies_first(fills, term)):
+        return None  # a number in a row takes notice of what is added to the others
     settled = logits.empty_row in SETTLED or _is_filled_later(logits, fills, rest, term)
     if not settled or (math.isfinite(line.fill) and _may_be_empty(reader, line.visible)):
         return None
-    return replace(logits, alibi=_named(reader, line, logits.mask), slopes=slopes)
+    if floors(term.casts) and logits.empty_row is not EmptyRow.NEVER:  # beside a visible key none lies so low
+        return None
+    return replace(logits, alibi=_named(reader, line, logits), slopes=slopes)
 
 
 def _is_filled_later(logits: Logits, fills: Sequence[Fill], rest: Sequence[Term], term: Term) -> bool:
     """Whether rows without keys are the mean of the values because the finished logits were filled."""
-    later = all(f.at is not None and term.at is not None and term.at < f.at for f in fills)
-    return logits.empty_row is EmptyRow.UNIFORM and bool(fills) and later and not rest
+    return logits.empty_row is EmptyRow.UNIFORM and bool(fills) and _lies_first(fills, term) and not rest
+
+
+def _lies_first(fills: Sequence[Fill], term: Term) -> bool:
+    """Whether a term is added before anything is filled in."""
+    return all(f.at is not None and term.at is not None and term.at < f.at for f in fills)
 
 
 def _may_be_empty(reader: LogitsReader, mask: Mask) -> bool:
@@ -76,7 +89,7 @@ def _read_line(reader: LogitsReader, term: Term) -> tuple[Line, Operand | Filled
     if not node.meta["val"].dtype.is_floating_point:
         node, dims, factor = term.node, term.dims, 1.0
     held = node.meta["val"].dtype
-    if term.times or floors(term.casts) or not held.is_floating_point or narrowest(term.casts, held) != held:
+    if term.times or not held.is_floating_point or narrowest(term.casts, held) != held:
         return None
     roles = reader.roles_of(dims)
     if roles is None or not _stays_precise(term):
@@ -109,16 +122,17 @@ def _slopes(line: Line, roles: Roles, factor: float) -> Operand | Filled | None:
     return replace(first, factor=factor, times=times, dtype=dtype, layout=layout)
 
 
-def _named(reader: LogitsReader, line: Line, mask: Mask) -> Alibi:
+def _named(reader: LogitsReader, line: Line, logits: Logits) -> Alibi:
     """From the diagonal of the mask on where that is free: softmax takes no notice of what a whole row has in common.
 
     Below that diagonal a symmetric line is a plain one.
     """
-    form, sizes = band(mask), reader.sizes()
+    form, sizes = band(logits.mask), reader.sizes()
     diagonal = form.offset if form is not None else None
     ends = TOP_LEFT if same(sizes["i"], sizes["j"]) else BOTTOM_RIGHT
     below = form is not None and form.offset == line.offset and not form.prefix
     if line.symmetric and not below:
         return Alibi(line.offset or TOP_LEFT, symmetric=True)
-    offset: Length = (diagonal or ends) if not reader.sinks else line.offset or ends
+    is_free = not reader.sinks and logits.hidden_logit is None
+    offset: Length = (diagonal or ends) if is_free else line.offset or ends
     return Alibi(offset)

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from attnopt.mask import FULL, Mask
+from attnopt.passes.layout import Axes
 from attnopt.passes.masks import MaskReading, Role
-from attnopt.passes.site import Operand
+from attnopt.passes.site import Operand, Roles
 
 #: Stand for dimensions that are no role, or only part of one.
 MIXED: tuple[Role, ...] = ("x", "y")
@@ -54,6 +55,22 @@ def together(hidden: Iterable[Hidden]) -> tuple[Mask, dict[str, Operand]]:
         operands |= {names[name]: operand for name, operand in source.operands.items()}
         mask = mask & source.mask.renamed(names)
     return mask, operands
+
+
+def operands_of(roles: Roles, reading: MaskReading, mask: Mask) -> dict[str, Operand]:
+    """The tensors that a mask names, laid out along the roles of their dimensions."""
+    axes: dict[Role | None, Axes] = {
+        None: (), "b": roles.batch, "h": roles.heads, "i": roles.query, "j": roles.key
+    }  # fmt: skip
+    layouts = {"query_ids": (axes["b"], axes["i"]), "key_ids": (axes["b"], axes["j"])}
+    return {
+        name: Operand(
+            leaf.node, tuple(axes[role] for role in leaf.roles), negated=leaf.negated,
+            layout=layouts.get(name.rstrip("0123456789")),
+        )
+        for name, leaf in reading.leaves.items()
+        if name in mask.operand_names()
+    }  # fmt: skip
 
 
 def visible_in(masks: Iterable[Mask]) -> Mask:

@@ -238,11 +238,12 @@ def broadcast_up(dims: Dims, shape: Sequence[Size]) -> Dims:
 
 
 def _repeat_up(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
-    """Through `repeat` (whole copies one after the other) and `repeat_interleave` (each element n times)."""
-    if node.target == aten.repeat.default:
+    """Through `repeat`, `tile` (whole copies one after the other) and `repeat_interleave` (each element n times)."""
+    if node.target in (aten.repeat.default, aten.tile.default):
         source = input_node(node)
         aligned = dims[len(dims) - len(shape_of(source)) :]
-        counts = [_count(n) for n in cast(Sequence[Any], node.args[1])[-len(aligned) :]]
+        given: list[Size] = [1] * len(aligned) + [_count(n) for n in cast(Sequence[Any], node.args[1])]
+        counts = given[len(given) - len(aligned) :]
         pairs = zip(aligned, counts, shape_of(source), strict=True)
         return source, tuple(regroup(space, axes, (n, size), node)[1] for axes, n, size in pairs)
     if (

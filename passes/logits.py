@@ -16,14 +16,16 @@ from attnopt.passes.hidden import (
     SWAMPED,
     Hidden,
     lies_deeper,
+    operands_of,
     together,
     visible_in,
     whole,
 )
 from attnopt.passes.layout import Axes, Dims, Space
-from attnopt.passes.logits_bias import bias_of, hiding_number, merged
+from attnopt.passes.logits_bias import bias_of, check_fits, hiding_number, merged
 from attnopt.passes.logits_found import Logits
 from attnopt.passes.logits_parted import told_apart
+from attnopt.passes.logits_weighing import hidden_number, weighs_beside_others
 from attnopt.passes.masks import (
     AdditiveReading,
     MaskReading,
@@ -67,13 +69,15 @@ class LogitsReader:
         found = [pair for pair in told.values() if pair is not None]
         kept = [fill for fill in fills if told.get(id(fill)) is None]
         logits = self._read(kept, terms, [self._relative(bias) for bias, _ in found])
+        if logits.empty_row is EmptyRow.NAN:
+            check_fits(fills, terms)
         return replace(logits, keys=tuple(keep for _, keep in found))
 
     def _parted(
         self, fills: tuple[Fill, ...], terms: tuple[Term, ...]
     ) -> tuple[tuple[Fill, ...], tuple[Term, ...]]:
         """The same, with biases told apart from masks that are filled into them, where each query surely sees a key."""
-        biases = {n: term for n, term in enumerate(terms) if self._additive(term) is None}
+        biases = {n: term for n, term in enumerate(terms) if self.additive(term) is None}
         masked, plain = told_apart(self.space, biases, self.is_hiding)
         hidden = [self._fill(fill).mask for fill in (*fills, *masked) if self.is_hiding(fill)]
         if not masked or self._may_be_empty(visible_in([self.given, *hidden])):
@@ -92,10 +96,12 @@ class LogitsReader:
 
     def _read(self, fills: Sequence[Fill], terms: Sequence[Term], given: Sequence[Operand]) -> Logits:
         """given: biases that are known."""
+        if not all(self.is_hiding(fill) for fill in fills):
+            return self._weighing(fills, terms, given)
         filled = [self._fill(fill) for fill in fills]
         if self.given != FULL:
             filled.append(Hidden(self.given, {}, -torch.inf))
-        read = [(term, self._additive(term)) for term in terms if not self._is_shift(term)]
+        read = [(term, self.additive(term)) for term in terms if not self._is_shift(term)]
         added = [hidden for _, hidden in read if hidden is not None]
         inside = [(term, self._fill_inside(term)) for term, hidden in read if hidden is None]
         biases = [*given, *(self._finite_bias(term, fill) for term, fill in inside)]
@@ -124,6 +130,18 @@ class LogitsReader:
             raise Reject(MIXED_FILLS)
         return replace(self._combine([*filled, *kept], biases, empty), forward_only=lost)
 
+    def _weighing(self, fills: Sequence[Fill], terms: Sequence[Term], given: Sequence[Operand]) -> Logits:
+        """Hidden keys that keep one finite logit, whatever was added to their scores before."""
+        if given or self.given != FULL:
+            raise weighs_beside_others(fills)
+        number, kept = (
+            hidden_number(fills, terms, self._is_shift),
+            [t for t in terms if not self._is_shift(t)],
+        )
+        biases = [bias_of(self.space, self.roles, term) for term in kept]
+        hidden = [self._fill(fill) for fill in fills]
+        return replace(self._combine(hidden, biases, EmptyRow.NEVER), hidden_logit=number)
+
     def _is_outermost(
         self, fills: Sequence[Fill], filled: Sequence[Hidden], added: Sequence[tuple[Term, Hidden]]
     ) -> bool:
@@ -145,12 +163,6 @@ class LogitsReader:
         return tops == key and not held & key and not self.safe and not self.sinks
 
     def _fill(self, fill: Fill) -> Hidden:
-        if not self.is_hiding(fill):
-            raise Reject(
-                f"masked scores become {fill.value:g}, which still weighs; fill with -inf, or with "
-                f"torch.finfo({str(fill.dtype).removeprefix('torch.')}).min",
-                fill.node,
-            )
         value = held_as(fill.value, fill.casts)
         roles, sizes = self._labels(fill.dims)
         reading = (
@@ -163,14 +175,14 @@ class LogitsReader:
             return Hidden(Opaque("mask"), {"mask": operand}, value)
         return self._hidden(reading, value)
 
-    def _additive(self, term: Term) -> Hidden | None:
+    def additive(self, term: Term) -> Hidden | None:
+        """What an added tensor hides, if that is all it does."""
         value = term.node.meta.get("val")
         if not isinstance(value, Tensor):
             raise Reject("a number that depends on sizes is added to the scores", term.node)
         if not value.dtype.is_floating_point or term.factor <= 0 or term.times:
             return None
-        roles, _ = self._labels(term.dims)
-        reading = self._read_additive(term)
+        (roles, _), reading = self._labels(term.dims), self._read_additive(term)
         visible = None if reading is None or roles is None else whole(reading.visible, roles)
         if reading is None or visible is None:
             return None
@@ -183,7 +195,8 @@ class LogitsReader:
         """What an added tensor says about visibility, if it is 0 or a number that hides, once multiplied."""
         roles, sizes = self._labels(term.dims)
         reading = None if roles is None else read_additive(term.node, roles, sizes, at=term.at)
-        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, _least(term)):
+        least = torch.finfo(term.node.meta["val"].dtype).min
+        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, least):
             return None
         return reading
 
@@ -205,7 +218,7 @@ class LogitsReader:
 
     def _hidden(self, reading: MaskReading, fill: float, *, passes: bool = False) -> Hidden:
         first, *others = (
-            Hidden(mask, self._operands(reading, mask), fill, passes)
+            Hidden(mask, operands_of(self.roles, reading, mask), fill, passes)
             for mask in (reading.mask, *reading.otherwise)
         )
         return replace(first, otherwise=tuple(others))
@@ -274,25 +287,7 @@ class LogitsReader:
         plain = self.roles_of(tuple(() if n in spare else axes for n, axes in enumerate(resolved))) or ()
         return tuple(spare.get(n, role) for n, role in enumerate(plain)), sizes
 
-    def _operands(self, reading: MaskReading, mask: Mask) -> dict[str, Operand]:
-        axes: dict[Role | None, Axes] = {
-            None: (), "b": self.roles.batch, "h": self.roles.heads, "i": self.roles.query, "j": self.roles.key
-        }  # fmt: skip
-        layouts = {"query_ids": (axes["b"], axes["i"]), "key_ids": (axes["b"], axes["j"])}
-        return {
-            name: Operand(
-                leaf.node, tuple(axes[role] for role in leaf.roles), negated=leaf.negated,
-                layout=layouts.get(name.rstrip("0123456789")),
-            )
-            for name, leaf in reading.leaves.items()
-            if name in mask.operand_names()
-        }  # fmt: skip
-
     def sizes(self) -> dict[Role, Size]:
         r = self.roles
         named: list[tuple[Role, Axes]] = [("b", r.batch), ("h", r.heads), ("i", r.query), ("j", r.key)]
         return {role: product(a.size for a in axes) for role, axes in named}
-
-
-def _least(term: Term) -> float:
-    return float(torch.finfo(term.node.meta["val"].dtype).min)

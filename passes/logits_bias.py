@@ -1,5 +1,6 @@
 """Tensors that are added to the scores, as operands of a kernel."""
 
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.scores_factors import numbers_written
 from attnopt.passes.site import Operand, Roles
-from attnopt.passes.terms import NEGLIGIBLE, Term, floors, narrowest
+from attnopt.passes.terms import NEGLIGIBLE, Fill, Term, floors, held_as, narrowest
 from attnopt.rule import Reject
 
 
@@ -48,6 +49,23 @@ def hiding_number(term: Term) -> float:
     """A number by which a tensor may hide keys, as one so large stands in what makes it; -inf where none does."""
     sizes = (abs(number * term.factor) for number in numbers_written(term.node))
     return -max((size for size in sizes if -NEGLIGIBLE <= size < torch.inf), default=torch.inf)
+
+
+def check_fits(fills: Iterable[Fill], terms: Iterable[Term]) -> None:
+    """Raises Reject if a finite number that hides keys is infinite in a type that the scores are cast to.
+
+    Queries without keys are NaN then, and with them all that sees them, which nobody wrote down; the fp64 check, which
+    rounds nothing, could not tell.
+    """
+    written = [(fill, fill.value) for fill in fills] + [(term, hiding_number(term)) for term in terms]
+    for each, number in written:
+        if held_as(number, each.casts) == -torch.inf < number:
+            held = str(narrowest(each.casts, torch.float64)).removeprefix("torch.")
+            raise Reject(
+                f"keys are hidden by {number:.3g}, which is -inf in {held}, to which the scores are cast, so that a "
+                f"query without keys becomes NaN; hide them with a number that {held} holds, or cast to no other type",
+                each.node,
+            )
 
 
 def merged(dims: Dims) -> Axes:

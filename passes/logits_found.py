@@ -24,4 +24,5 @@ class Logits:
     values: tuple[Operand, ...] = ()  # what the values are multiplied with
     alibi: Alibi | None = None  # a bias that is linear in the distance, of which no tensor is needed
     slopes: Operand | Filled | None = None  # its operand
+    hidden_logit: float | None = None  # the logit of keys that the mask hides, where it still weighs
     plain: "Logits | None" = None  # the same logits with that bias as a tensor

@@ -42,15 +42,15 @@ def parted(space: Space, term: Term) -> tuple[Fill, Term] | None:
             )  # fmt: skip
             bias = Term(before, broadcast_up(dims, shape_of(before)), term.factor, casts=term.casts, at=node)
             return fill, bias
-        above = _above(space, node, dims)
-        if above is None:
+        higher = above(space, node, dims)
+        if higher is None:
             return None
-        reader, (node, dims) = node, above
+        reader, (node, dims) = node, higher
     return None
 
 
-def _above(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
-    """Through a view, or a slice that keeps all there is."""
+def above(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
+    """Through a view, or a slice that keeps all there is; None for anything else."""
     source = arguments(node).get("self")
     if operation(node) == "slice" and isinstance(source, Node) and _is_whole(node, source):
         return source, dims

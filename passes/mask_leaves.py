@@ -87,6 +87,11 @@ def _alone(given: list[Candidate], missing: frozenset[Formula]) -> Iterator[Cand
         yield from [c for c in given if c.says == {part} and c.leaf.is_padding][:1]
 
 
+def stated(given: list[Candidate], leaves: list[Leaf]) -> frozenset[Formula]:
+    """All that these tensors state."""
+    return frozenset(part for c in given if c.leaf in leaves for part in c.says)
+
+
 def stating(given: list[Candidate], says: frozenset[Formula]) -> Leaf | None:
     """The best tensor that states exactly this."""
     return next((c.leaf for c in given if c.says == says), None)

@@ -8,7 +8,7 @@ from attnopt.mask_blocks import Segments
 from attnopt.passes.mask_algebra import Algebra, algebra_for, all_of, some_of, with_implied_diagonal
 from attnopt.passes.mask_bounds import POSITIONS
 from attnopt.passes.mask_formula import All, Fact, Formula, Lag, Same, Some, parts_of
-from attnopt.passes.mask_leaves import Candidate, Leaf, candidates, cover, find_leaf, stating
+from attnopt.passes.mask_leaves import Candidate, Leaf, candidates, cover, find_leaf, stated, stating
 from attnopt.passes.mask_numbers import moved
 from attnopt.passes.mask_packed import with_positions_in_runs
 from attnopt.passes.mask_reader import MaskReader
@@ -56,13 +56,18 @@ class Naming:
         return MaskReading(mask, self.leaves, tuple(otherwise))
 
     def _with_tensors(self, algebra: Algebra, named: Mapping[Formula, Mask | None], stem: str) -> Mask | None:
-        """What is named, and tensors for the rest."""
-        mask = with_implied_diagonal(algebra, all_of(named.values()))
+        """What is named, and tensors for the rest; what these state needs no tensor of its own."""
         missing = frozenset(part for part, found in named.items() if found is None)
-        tensors = cover(self.given, frozenset(parts_of(self.visible)), missing)
-        if tensors is None:
-            return None if self.whole is None else mask & self._read_from(self.whole, stem)
-        for leaf in tensors:
+        whole = frozenset(parts_of(self.visible))
+        tensors = cover(self.given, whole, missing)
+        if tensors is None and self.whole is None:
+            return None
+        told = whole if tensors is None else stated(self.given, tensors)
+        kept = (found for part, found in named.items() if part not in told or not _reads(found))
+        mask = with_implied_diagonal(algebra, all_of(kept))
+        if tensors is None and self.whole is not None:
+            return mask & self._read_from(self.whole, stem)
+        for leaf in tensors or ():
             mask = mask & self._read_from(leaf, stem, padded=_has_padding(mask))
         return mask
 
@@ -113,6 +118,10 @@ class Naming:
             return None
         leaf = stating(self.given, frozenset(parts_of(self.visible))) or self.whole
         return None if leaf is None else Opaque(self._name(leaf, "held"))
+
+
+def _reads(mask: Mask | None) -> bool:
+    return mask is not None and bool(mask.operand_names())
 
 
 def _only(leaf: Leaf, allowed: str) -> bool:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.buffers import BUFFER
 from attnopt.passes import emit
+from attnopt.passes.constants import uniform
 from attnopt.passes.layout import dropout_rate
 from attnopt.passes.mask_literals import Planes, plane
 from attnopt.passes.mask_writes import is_settled, writes_after
@@ -110,7 +111,7 @@ def evaluate(
     free = torch.Generator().manual_seed(1)
     for node in nodes:
         shape = (shapes or {}).get(node)
-        known[node] = _wide(_run(node, known, sizes, free, shape))
+        known[node] = _wide(_rounded(node, _run(node, known, sizes, free, shape)))
         if shape is not None and tuple(known[node].shape) != tuple(shape):
             raise RuntimeError(
                 f"{node.name} has the shape {tuple(known[node].shape)} instead of {tuple(shape)}"
@@ -205,6 +206,14 @@ def _argument(value: Any, known: Mapping[Node, Any], sizes: Concrete) -> Any:
             wide = torch.complex128 if value.is_complex else value
             return torch.float64 if value.is_floating_point else wide
     return value
+
+
+def _rounded(node: Node, value: Any) -> Any:
+    """A number that the graph makes of nothing but numbers, as its dtype holds it: so the scale is read, too."""
+    made = node.meta.get("val")
+    if not (isinstance(made, Tensor) and made.is_floating_point() and uniform(node) is not None):
+        return value
+    return value.to(made.dtype)
 
 
 def _wide(value: Any) -> Any:

@@ -26,11 +26,14 @@ class ScoreReader:
     """Walks from the softmax upwards; each step folds one node into a Scores. ways: how often each node was read.
 
     Other users of a value on the way do not matter here: whether they keep it from being replaced is for the site.
+    weights, values: the dimensions of the softmax, and of what it weighs, where they are known.
     """
 
     space: Space
     shadow: Shadow
     ways: Counter[Node] = field(default_factory=Counter)
+    weights: Dims = ()
+    values: Dims = ()
 
     def read(self, node: Node, dims: Dims, below: Scores) -> Scores:
         """The scores of which `node` is a part: `below` is what the nodes under it have said."""
@@ -67,7 +70,7 @@ class ScoreReader:
         return moves(node, dims, here) if moved is None else [(*moved, here)]
 
     def _best(self, ways: list[Move]) -> Scores:
-        """Of several operands that may hold the scores, the one with the larger Q K^T."""
+        """Of several operands that may hold the scores, the one whose queries and keys fit the values best."""
         found: list[Scores] = []
         reasons: list[Reject] = []
         for way in ways:
@@ -77,7 +80,19 @@ class ScoreReader:
                 reasons.append(reject)
         if not found:
             raise max(reasons, key=lambda reject: reject.depth)
-        return max(found, key=lambda scores: sum(len(axes) for axes in scores.q + scores.k))
+        return max(found, key=self._fit)
+
+    def _fit(self, scores: Scores) -> tuple[int, int, int]:
+        """Queries and keys have in common what the weights have in common with the values; then, the larger product.
+
+        A product of queries with a tensor of all pairs, say of their distances, pairs nothing: it is a bias.
+        """
+        weights, values, q, k = (
+            {a for axes in self.space.resolve(dims) for a in axes}
+            for dims in (self.weights, self.values, scores.q, scores.k)
+        )
+        lacking, needless = (weights & values) - (q & k), (weights & q & k) - values
+        return -len(lacking), -len(needless), sum(len(axes) for axes in scores.q + scores.k)
 
     def _contract(self, form: Contraction, dims: Dims, here: Scores) -> Scores:
         if not form.node.meta["val"].dtype.is_floating_point:

@@ -123,7 +123,8 @@ def _parts(space: Space, roles: Roles, term: Term) -> list[Term]:
         if all(_along(space, half) < held for half in halves):
             return [part for half in halves for part in _parts(space, roles, half)]
     raise Reject(
-        "the scores are multiplied by a tensor that varies along the keys, and not along them alone",
+        "the scores are multiplied by a tensor that varies along the keys, and not along them alone; if it is a mask "
+        "of 0 and 1, fill them where it is 0: scores.masked_fill(mask == 0, -torch.inf)",
         term.node,
     )
 

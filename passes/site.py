@@ -233,11 +233,14 @@ def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtyp
     return result
 
 
-def check_unmutated(operands: Mapping[str, Operand], root: Node) -> None:
-    """Operands must hold the same value at the root as where the graph reads them."""
+def check_unmutated(
+    operands: Mapping[str, Operand], root: Node, inner: frozenset[Node] = frozenset()
+) -> None:
+    """Operands must hold the same value at the root as where the graph reads them; an inner write reads, too."""
     for name, operand in operands.items():
         for part in operand.parts:
-            late = () if is_settled(part.node) else writes_after(part.node, root)
+            writes, settled = writes_after(part.node, root), is_settled(part.node)
+            late = [write for write in writes if write in inner or not settled]
             if late:
                 raise Reject(f"{name} is written to in place before the attention uses it", late[0])
 

@@ -65,9 +65,10 @@ def site_around(rule: str, form: Form, shadow: Shadow) -> Site:
     weights = read_weights(space, shadow, form.start, dims, key)
     output = read_ones(form, shadow, weights) or read_output(form, shadow, weights)
     given = Scores(form.scale, casts=form.casts, fills=form.fills)
-    scores = ScoreReader(space, shadow).read(form.logits, dims, given)
+    value = output.value or (weights.value, weights.value_dims)
+    scores = ScoreReader(space, shadow, weights=dims, values=value[1]).read(form.logits, dims, given)
     found = products(space, shadow, scores)
-    parts = pair(space, scores, *(output.value or (weights.value, weights.value_dims)), dims, key)
+    parts = pair(space, scores, *value, dims, key)
     parts = replace(parts, products=found)
     after = frozenset((*weights.path, *output.path))
     interior = frozenset((*scores.path, *form.inner, *after, *output.beside))
@@ -245,7 +246,7 @@ def _spec(scores: Scores, scale: float, roles: Roles, logits: Logits, frame: Fra
     heads = Heads(int(product(a.size for a in roles.share)))
     return AttentionSpec(
         "softmax", scale, heads, logits.mask, logits.empty_row, logits.bias, scores.softcap,
-        dropout=frame.change.dropout, alibi=logits.alibi,
+        dropout=frame.change.dropout, alibi=logits.alibi, hidden_logit=logits.hidden_logit,
         precision=Precision(scores=held, out=root.meta["val"].dtype),
     )  # fmt: skip
 
@@ -284,7 +285,8 @@ def _check(
         if depends_on(shadow, tensors[name].node, frame.interior):
             raise Reject(f"{name} is made from the scores", tensors[name].node, 9)
     check_operands(tensors)
-    check_unmutated({**tensors, **{f"factor {n}": o for n, o in enumerate(result.times)}}, frame.root)
+    factors = {f"factor {n}": o for n, o in enumerate(result.times)}
+    check_unmutated({**tensors, **factors}, frame.root, frame.interior)
 
 
 RULE = SoftmaxRule()

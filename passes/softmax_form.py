@@ -119,6 +119,25 @@ def row_of(
     return Row(node, space.resolve(row))
 
 
+def narrowed(space: Space, node: Node, dims: Dims, key: Axes) -> tuple[Node, Dims] | None:
+    """`node`, broadcast to a tensor labelled `dims`, before it was repeated along the keys; None if it varies there.
+
+    A condition is as good as the numbers 0 and 1 that are made of it.
+    """
+    keys, row = set(space.leaves(key)), broadcast_up(dims, shape_of(node))
+    while keys & {a for axes in row for a in space.leaves(axes)}:
+        if node.op != "call_function" or writes_after(node, None):
+            return None
+        if node.target in CASTS and input_node(node).meta["val"].dtype == torch.bool:
+            node = input_node(node)
+            continue
+        moved = step_up(space, node, row)
+        if moved is None:
+            return None
+        node, row = moved
+    return node, space.resolve(row)
+
+
 def truth_of(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
     """The condition that a tensor of 0 and 1 is made of, labelled; None if it is made otherwise."""
     for _ in range(LONGEST):

@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from attnopt.mask import FULL, Mask
-from attnopt.passes.alibi_site import read_with_line
 from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.logits import LogitsReader
 from attnopt.passes.logits_found import Logits
+from attnopt.passes.logits_summed import read_with_sums
 from attnopt.passes.scores_factors import is_by_key
 from attnopt.passes.site import Filled, Operand, Result, Roles, assign_roles, flat, peel
 from attnopt.passes.sizes import product
@@ -119,7 +119,7 @@ def read_logits(reader: LogitsReader, scores: Scores, frame: Frame) -> Logits:
     change = frame.change
     fills = [replace(f, value=-torch.inf) if _weighs_nothing(reader, frame, f) else f for f in scores.fills]
     safe = reader.safe or change.zeroed or frame.sink is not None
-    logits = read_with_line(replace(reader, safe=safe, sinks=frame.sink is not None), fills, scores.terms)
+    logits = read_with_sums(replace(reader, safe=safe, sinks=frame.sink is not None), fills, scores.terms)
     for name, operand in logits.operands.items():
         if (
             not name.startswith(("bias", "query_ids", "key_ids"))
@@ -151,6 +151,13 @@ def _multiplied(reader: LogitsReader, logits: Logits, masks: Sequence[Fill]) -> 
 def _masked_again(reader: LogitsReader, logits: Logits, again: Iterable[Fill], *, absolute: bool) -> Logits:
     """The weights set to 0 (`absolute`), or times 0, where the scores hid them before: only empty rows notice."""
     fills = list(again)
+    if logits.hidden_logit is not None:
+        raise Reject(
+            f"keys whose scores became {logits.hidden_logit:g}, which weighs, lose their weights after the softmax; "
+            "fill the scores with -inf, and leave the second mask out",
+            fills[0].node,
+            9,
+        )
     try:
         found = replace(reader, given=FULL).read([replace(f, value=-torch.inf) for f in fills], ())
     except Reject as reject:

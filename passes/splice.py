@@ -14,6 +14,7 @@ from attnopt.passes import emit
 from attnopt.passes.mask_writes import sharing, writes_after
 from attnopt.passes.splice_layout import is_laid_out_as, laid_out, shows_layout
 from attnopt.passes.splice_names import other_names
+from attnopt.passes.splice_values import set_value, stand_for
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow, fake_mode, mutates
 from attnopt.spec import AttentionSpec
@@ -194,7 +195,7 @@ class _Editor:
         if node.op != "call_function" or mutates(node):
             raise Reject(f"the value of {node.name} is not at hand where the call goes", node)
         made = self.graph.node_copy(node, self.copy)
-        _set_value(made, node.meta.get("val"))
+        set_value(made, node.meta.get("val"))
         return made
 
 
@@ -215,6 +216,8 @@ def _expand(shadow: Shadow, graph: Graph, values: dict[Node, Node], place: Node)
     editor = _Editor(graph, {n: original for n, original in values.items() if original not in gone})
     for node in gone:
         made = editor.copy(shadow.outputs[node])
+        if shadow.outputs[node] in editor.known:
+            stand_for(made, node)
         node.replace_all_uses_with(made)
         values[shadow.outputs[node]] = made
     values.update(editor.known)
@@ -228,8 +231,8 @@ def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Nod
     for node in traced.graph.nodes:
         if node.op == "call_function":
             known[node] = graph.node_copy(node, lambda n: known[n])
-            _set_value(known[node], node.meta.get("val"))
-            _keep_provenance(known[node], place)
+            set_value(known[node], node.meta.get("val"))
+            stand_for(known[node], place)
         elif node.op == "get_attr":
             raise Reject("the kernel call needs a constant tensor", None)
     return [known[result] for result in _results(traced)]
@@ -238,18 +241,6 @@ def _inline(graph: Graph, traced: GraphModule, arguments: list[Node], place: Nod
 def _results(traced: GraphModule) -> list[Node]:
     output = next(n for n in traced.graph.nodes if n.op == "output")
     return pytree.tree_leaves(output.args[0])
-
-
-def _set_value(node: Node, value: Any) -> None:
-    """Dynamo's graphs keep fake values as `example_value`, exported ones as `val`."""
-    node.meta["val"] = value
-    node.meta["example_value"] = value
-
-
-def _keep_provenance(node: Node, place: Node) -> None:
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if key in place.meta:
-            node.meta[key] = place.meta[key]
 
 
 def _originals(shadow: Shadow, nodes: Iterable[Node]) -> set[Node]:

@@ -25,7 +25,7 @@ from attnopt.passes.layout import (
     step_down,
 )
 from attnopt.passes.sizes import same, shape_of
-from attnopt.passes.softmax_form import number, truth_of
+from attnopt.passes.softmax_form import narrowed, number, truth_of
 from attnopt.passes.softmax_nodes import between, depends_on
 from attnopt.passes.terms import Fill, Term
 from attnopt.rule import Reject
@@ -166,9 +166,9 @@ class WeightsReader:
             if inverse and by == 0:
                 raise Reject("the weights are divided by zero", user)
             return replace(here.change, factor=here.change.factor * (1 / by if inverse else by))
-        dims = self.beside(user, other, here)
-        if dims is not None:
-            return replace(here.change, times=(*here.change.times, Term(other, dims, inverse=inverse)))
+        row = self.beside(user, other, here)
+        if row is not None:
+            return replace(here.change, times=(*here.change.times, Term(*row, inverse=inverse)))
         dims = broadcast_up(here.dims, shape_of(other))
         truth = truth_of(self.space, other, dims)
         if truth is not None and inverse:
@@ -188,23 +188,20 @@ class WeightsReader:
             if nan is not hides:
                 raise Reject("the weights are set to 0 where they are numbers", user)
             return replace(here.change, zeroed=True)
-        dims = self.beside(user, condition, here)
-        if dims is not None:
-            kept = Fill(condition, dims, -torch.inf, hides)
-            return replace(here.change, kept=(*here.change.kept, kept))
+        row = self.beside(user, condition, here)
+        if row is not None:
+            return replace(here.change, kept=(*here.change.kept, Fill(*row, -torch.inf, hides)))
         dims = broadcast_up(here.dims, shape_of(condition))
         hidden = Fill(condition, dims, -torch.inf, hides)
         return replace(here.change, hidden=(*here.change.hidden, hidden))
 
-    def beside(self, user: Node, other: Any, here: Here) -> Dims | None:
-        """The labels of a tensor that is broadcast onto the weights; None if it varies along the keys."""
+    def beside(self, user: Node, other: Any, here: Here) -> tuple[Node, Dims] | None:
+        """A tensor that is broadcast onto the weights, labelled; None if it varies along the keys."""
         if not isinstance(other, Node) or other.meta.get("val") is None:
             raise Reject("the weights are multiplied by something that is no tensor", user)
         if depends_on(self.shadow, other, {here.path[0]}):
             raise Reject("the weights are multiplied by something that is made of them", user)
-        dims = broadcast_up(here.dims, shape_of(other))
-        held = {a for axes in dims for a in self.space.leaves(axes)}
-        return None if held & set(self.space.leaves(self.key)) else dims
+        return narrowed(self.space, other, here.dims, self.key)
 
 
 def _need_same_shape(user: Node, node: Node) -> None:
@@ -287,6 +284,7 @@ def _nan_to_num(reader: WeightsReader, user: Node, here: Here) -> Change:
 _ADDED = "; multiply with the values first, and add the outputs"
 _CUT = "; multiply all weights with the values in one product, and cut that"
 _INSTEAD: dict[Any, str] = {
+    **dict.fromkeys(CASTS, "; no kernel takes weights that are not floating point"),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _ADDED),
     **dict.fromkeys((aten.slice.Tensor, aten.select.int), _CUT),
 }

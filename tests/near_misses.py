@@ -210,21 +210,6 @@ def scores_times_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --- masks that are no masks ---
 
 
-@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
-def weak_fill(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return scores_of(q, k).masked_fill(~keep[:, None], -1e4).softmax(-1) @ v
-
-
-@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
-def fill_of_zero(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return scores_of(q, k).masked_fill(~keep[:, None], 0.0).softmax(-1) @ v
-
-
-@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
-def fill_that_shows(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep[:, None], scores_of(q, k), 1e9).softmax(-1) @ v
-
-
 @near_miss(padded(mha), None)
 def fill_taken_back(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (scores_of(q, k) - 1e9).masked_fill(~keep[:, None, None], -1e9).softmax(-1) @ v

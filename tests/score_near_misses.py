@@ -115,13 +115,38 @@ def lowest_number_raised_to_itself(q: Tensor, k: Tensor, v: Tensor, keep: Tensor
 
 
 @near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
-def weak_tensor_filled_in(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep[:, None], scores_of(q, k), torch.full_like(q @ k.mT, -1e4)).softmax(-1) @ v
+def bias_over_a_weak_number(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    line = torch.arange(k.shape[2], dtype=q.dtype)
+    return (scores_of(q, k).masked_fill(~keep[:, None], -3.0) + line).softmax(-1) @ v
 
 
-@near_miss(padded(with_last(mha, lambda: draw(H, S, S))), "still weighs")
-def weak_number_over_a_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
-    return (scores_of(q, k) + bias).masked_fill(~keep[:, None, None], -1e4).softmax(-1) @ v
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
+def weak_number_beside_the_largest(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    return (scores - scores.amax(-1, keepdim=True)).masked_fill(~keep[:, None], -3.0).softmax(-1) @ v
+
+
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
+def two_weak_numbers(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return scores_of(q, k).masked_fill(~keep[:, None], -3.0).masked_fill(hidden(q, k), -2.0).softmax(-1) @ v
+
+
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
+def weak_number_and_infinity(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return (
+        scores_of(q, k).masked_fill(~keep[:, None], -3.0).masked_fill(hidden(q, k), NEG_INF).softmax(-1) @ v
+    )
+
+
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
+def weak_number_raised(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return scores_of(q, k).masked_fill(~keep[:, None], -3.0).clamp(min=-1.0).softmax(-1) @ v
+
+
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "which weighs, lose their weights")
+def weak_number_masked_again(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    weights = scores_of(q, k).masked_fill(~keep[:, None], -3.0).softmax(-1)
+    return weights.masked_fill(~keep[:, None], 0.0) @ v
 
 
 @near_miss(padded(with_last(mha, lambda: torch.tensor(NEG_INF))), "whose value is not known")

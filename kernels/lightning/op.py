@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnopt.errors import UnsupportedError
+from attnopt.kernels._once import differentiable_once
 from attnopt.kernels.lightning import chunked, full, packed
 from attnopt.kernels.lightning.checks import check_attention, check_step
 from attnopt.kernels.lightning.shapes import Gradients, state_dtype
@@ -227,6 +228,7 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> tu
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+differentiable_once(_attention_backward, "lightning")
 
 
 @torch.library.custom_op("attnopt::lightning_step", mutates_args=("state",))

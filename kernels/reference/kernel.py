@@ -18,8 +18,8 @@ class ReferenceKernel:
     exact = True
     reads = frozenset(
         {
-            "scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits", "sink_per_query",
-            "decay", "normaliser", "initial_state", "final_state", "stream",
+            "scale", "heads", "mask", "empty_row", "hidden_logit", "bias", "alibi", "softcap", "sink_logits",
+            "sink_per_query", "decay", "normaliser", "initial_state", "final_state", "stream",
         }
     )  # fmt: skip
 
@@ -91,16 +91,16 @@ def _softmax(spec: AttentionSpec, operands: Mapping[str, Tensor]) -> Tensor:
     if spec.alibi is not None:
         scores = scores + _line(spec, spec.alibi, operands["slopes"].to(scores.dtype), operands)
     visible = _visible(spec, scores, operands)
-    logits = scores.masked_fill(~visible, float("-inf"))
+    hidden = float("-inf") if spec.hidden_logit is None else spec.hidden_logit
+    logits = scores.masked_fill(~visible, hidden)
     if spec.sink_logits:
         sink = operands["sink_logits"].to(logits.dtype)
         column = sink[..., None] if spec.sink_per_query else sink.view(1, -1, 1, 1)
         weights = torch.cat([logits, column.expand(*logits.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
     else:
         weights = logits.softmax(-1)
-    if (
-        spec.empty_row is EmptyRow.NEVER
-    ):  # said to be impossible: where it happens, a number that no check overlooks
+    # said to be impossible: where it happens, a number that no check overlooks
+    if spec.empty_row is EmptyRow.NEVER and spec.hidden_logit is None:
         weights = torch.where(visible.any(-1, keepdim=True), weights, 1e30)
     return _fill_empty(spec, weights, logits) @ _values(spec, operands)
 

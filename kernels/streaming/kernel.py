@@ -11,10 +11,11 @@ from torch import Tensor
 
 from attnopt.errors import UnsupportedError
 from attnopt.kernels.streaming.checks import DTYPES, WIDEST
+from attnopt.kernels.streaming.hidden import hidden_keys, join
 from attnopt.kernels.streaming.op import attend, four_dimensional
 from attnopt.kernels.streaming.places import Placed, attend_in_places
 from attnopt.kernels.streaming.reach import reach
-from attnopt.mask import Band, band
+from attnopt.mask import Band, Causal, Mask, band
 from attnopt.rule import Cost, SiteMeta
 from attnopt.spec import MEANS, AttentionSpec, EmptyRow, Stream
 
@@ -38,8 +39,8 @@ class StreamingKernel:
     family: Literal["softmax", "linear"] = "softmax"
     exact = True
     reads = frozenset(
-        {"scale", "heads", "mask", "empty_row", "bias", "alibi", "softcap", "sink_logits", "stream"}
-    )
+        {"scale", "heads", "mask", "empty_row", "hidden_logit", "bias", "alibi", "softcap", "sink_logits", "stream"}
+    )  # fmt: skip
 
     def refuse(self, site: SiteMeta) -> str | None:
         """Serves one float dtype, heads of at most 256 channels, and masks that are bands."""
@@ -56,6 +57,8 @@ class StreamingKernel:
             return "rows without keys pass no gradient on, and here they have to: add -inf instead of a finite number"
         if site.spec.sink_logits and site.spec.empty_row in MEANS:
             return "with learned sinks a row without keys is zero, not the mean of the values"
+        if site.spec.hidden_logit is not None and site.spec.stream is not None:
+            return "hidden keys keep a logit that may weigh; fill with -inf before keys are dropped"
         return None
 
     def cost(self, site: SiteMeta) -> Cost:
@@ -63,6 +66,8 @@ class StreamingKernel:
         s, form = site.sizes, _form(site.spec)
         pairs = s.batch * s.heads * _pairs(form, s.sq, s.sk)
         dense = len(form.opaque) + len(site.spec.bias)
+        if site.spec.hidden_logit is not None and not isinstance(site.spec.mask, Causal):
+            pairs, dense = pairs + s.batch * s.heads * s.sq * s.sk, dense + 1
         rows = s.batch * (s.heads * s.sq + s.kv_heads * s.sk) * (s.d + s.dv)
         width = site.operands["q"].dtype.itemsize
         return Cost(float(rows * width + dense * pairs), 2.0 * pairs * (s.d + s.dv), _efficiency(site, dense))
@@ -73,7 +78,7 @@ class StreamingKernel:
         form = _form(spec)
         if spec.stream is not None:
             return attend_in_places(_placed(spec, spec.stream, form, operands))
-        o, _, _ = attend(
+        o, lse, _ = attend(
             *(q, k, v, _bias(spec, operands), _mask(form, operands), _padding(form, operands, q, k)),
             operands["sink_logits"] if spec.sink_logits else None,
             scale=spec.scale,
@@ -82,10 +87,18 @@ class StreamingKernel:
             sinks=form.sinks,
             prefix=form.prefix,
             softcap=spec.softcap,
-            empty_row=_EMPTY_ROWS[spec.empty_row],
+            empty_row="zero" if spec.hidden_logit is not None else _EMPTY_ROWS[spec.empty_row],
             **_line(spec, operands),
         )
-        return o
+        if spec.hidden_logit is None:
+            return o
+        return join(o, lse, hidden_keys(spec.mask, _seen(spec.mask, operands), q, v), spec.hidden_logit)
+
+
+def _seen(mask: Mask, operands: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask as a tensor, where its form says too little of the keys that it hides."""
+    q, k = operands["q"], operands["k"]
+    return None if isinstance(mask, Causal) else mask.dense(q.shape[2], k.shape[2], operands, q.device)
 
 
 def _placed(spec: AttentionSpec, stream: Stream, form: Band, operands: Mapping[str, Tensor]) -> Placed:

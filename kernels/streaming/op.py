@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnopt.kernels._once import differentiable_once
 from attnopt.kernels.streaming.checks import check
 from attnopt.kernels.streaming.problem import Answer, Gradients, Problem, Wanted
 from attnopt.kernels.streaming.reach import reach
@@ -142,6 +143,7 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) ->
 
 
 attend.register_autograd(_differentiate, setup_context=_save)
+differentiable_once(attend_backward, "streaming")
 
 
 def _problem(*given: Any) -> Problem:

@@ -70,9 +70,10 @@ def test_added_minus_infinity_is_a_mask() -> None:
     assert (spec.mask, spec.bias, spec.empty_row) == (Causal(), (), EmptyRow.NEVER)
 
 
-def test_a_fill_that_still_weighs_is_refused_where_it_hides_pairs_and_a_bias_where_it_hides_keys() -> None:
+def test_a_fill_that_still_weighs_is_a_number_where_it_hides_pairs_and_a_bias_where_it_hides_keys() -> None:
     pairs = attention(lambda s, keep: s.masked_fill(future(), -100.0))
-    assert "still weighs" in reject_of(pairs, Q, K, V, KEEP).reason
+    spec = site_of(pairs, Q, K, V, KEEP).spec
+    assert (spec.mask, spec.hidden_logit) == (Causal(), -100.0)
     keys = attention(lambda s, keep: padded(s, keep, -100.0))
     assert (site_of(keys, Q, K, V, KEEP).spec.mask, site_of(keys, Q, K, V, KEEP).spec.bias) == (
         FULL,

@@ -38,6 +38,11 @@ def test_a_blend_is_a_fill(name: str, differentiable: int, dynamic: bool) -> Non
     assert (site.verdict, site.spec) == ("rewritten", "softmax scale=0.25 causal")
 
 
+def test_a_blend_with_a_number_that_weighs_is_a_fill_with_it() -> None:
+    site = site_of(lambda w, m: w * m - 1e4 * (1 - m), differentiable=3)
+    assert (site.verdict, site.spec) == ("rewritten", "softmax scale=0.25 causal hidden=-10000")
+
+
 def test_what_multiplies_both_scales_both() -> None:
     assert site_of(lambda w, m: (w * m - 1e10 * (1 - m)) * 0.5).spec == "softmax scale=0.125 causal"
 
@@ -48,7 +53,6 @@ def test_what_is_added_afterwards_stays() -> None:
 
 
 NEAR_MISSES: dict[str, tuple[Blend, str]] = {
-    "a number that weighs": (lambda w, m: w * m - 1e4 * (1 - m), "which still weighs"),
     "another mask": (lambda w, m: w * m - 1e10 * (1 - m.mT), "varies along the keys"),
     "the same side": (lambda w, m: w * m - 1e10 * m, "varies along the keys"),
     "the mask alone": (lambda w, m: w * m, "varies along the keys"),

@@ -61,10 +61,13 @@ def test_keys_that_are_not_numbers_do_not_show_under_a_fill() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s, keep: (s + 1e9 * keep[:, None, None]).masked_fill(~keep[:, None, None], -50.0),
-        lambda s, keep: s.masked_fill(~keep[:, None, None].expand(2, 1, 7, 7).tril(), -50.0),
+        lambda s, keep: (
+            s.masked_fill(~keep[:, None, None].expand(2, 1, 7, 7).tril(), -50.0) + torch.arange(7.0)
+        ),
         lambda s, keep: s.masked_fill(~keep[:, None, None], torch.nan),
     ],
 )
-def test_a_fill_that_is_not_the_first_or_not_of_keys_alone_is_refused(change: Callable[..., Tensor]) -> None:
+def test_a_fill_that_is_neither_the_first_nor_the_last_or_no_number_is_refused(
+    change: Callable[..., Tensor],
+) -> None:
     assert "still weighs" in reject_of(attention(change), Q, K, V, KEEP).reason

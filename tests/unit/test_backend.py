@@ -8,6 +8,7 @@ import pytest
 import torch
 from compiling import check_like_eager, compiled
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import attnopt
@@ -112,9 +113,32 @@ def test_an_unknown_option_names_the_nearest() -> None:
         compiled(attend, windw=3)(*inputs())
 
 
-def test_a_mode_is_refused() -> None:
-    with pytest.raises(OptionError, match="mode='max-autotune' is not an option"):
-        attnopt.backend.attnopt(None, [], mode="max-autotune")
+def test_a_mode_goes_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def compile_rest(module: GraphModule, _: list[Tensor], **settings: object) -> object:
+        given.append(settings)
+        return module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_rest)
+    torch._dynamo.reset()
+    torch.compile(attend, backend="attnopt", mode="max-autotune-no-cudagraphs")(*inputs())
+    torch.compile(attend, backend="attnopt", mode="default")(*inputs(9))
+    first, second = given
+    assert first["config_patches"]["max_autotune"] is True
+    assert second == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "inner", "message"),
+    [
+        ("fastest", "inductor", "Unrecognized mode=fastest, should be one of"),
+        ("reduce-overhead", "eager", "mode='reduce-overhead' is for inner='inductor', and inner is 'eager'"),
+    ],
+)
+def test_a_mode_that_is_none_is_refused(mode: str, inner: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        attnopt.backend.attnopt(None, [], mode=mode, options={"inner": inner})
 
 
 def mixed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

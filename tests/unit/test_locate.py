@@ -66,3 +66,14 @@ def test_a_product_with_a_weight_does_not_count() -> None:
         return (x @ gate).softmax(-1) @ out
 
     assert not softmax_of(gated, torch.randn(2, 6, 8), torch.randn(8, 5), torch.randn(5, 3))
+
+
+def test_where_torch_itself_makes_the_call_the_line_is_the_users() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = nn.functional.threshold(q @ k.mT, 0.1, -5.0)  # calls the operator in torch/nn/functional.py
+        return scores.softmax(-1) @ v
+
+    compiled(attend)(*torch.randn(3, 2, 4, 6, 8))
+    (site,) = reports()[-1].sites
+    assert site.where == f"test_locate.py:{attend.__code__.co_firstlineno + 1}"
+    assert site.code.startswith("scores = nn.functional.threshold(")

@@ -37,6 +37,7 @@ CHANGES = {
     "final_state": (True, "final state"),
     "dropout": (0.25, "dropout=0.25"),
     "sparse": (Sparse(8, 16, 4), "sparq(r=8, k=16, l=4)"),
+    "hidden_logit": (-10000.0, "hidden=-10000"),
     "stream": (Stream(4, 60), "positions as places (last 63)"),
 }
 

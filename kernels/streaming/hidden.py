@@ -1,0 +1,54 @@
+"""Keys that a mask does not remove: it sets their logits to a number, such as -10000, that may still weigh.
+
+All hidden keys of a row have the same logit c, so that together they are one more key: its value is their mean, its
+logit c plus the logarithm of their number n. It joins the visible keys as a block joins others in an online softmax
+(Milakov and Gimelshein, arXiv 1805.02867): by w = n e^c / (n e^c + e^lse).
+"""
+
+import torch
+from torch import Tensor
+
+from attnopt.kernels.streaming.op import attend, four_dimensional
+from attnopt.mask import Causal, Mask
+
+
+def join(o: Tensor, lse: Tensor, others: tuple[Tensor, Tensor], logit: float) -> Tensor:
+    """Attention over visible and hidden keys.
+
+    o (B, H, Sq, Dv), lse (B, H, Sq): of the visible keys, zero and -inf in rows that see none. others: mean (B, H, Sq,
+    Dv) of the hidden keys' values, log_count (B or 1, H or 1, Sq). logit: of each hidden key, with its scale and bias.
+    """
+    mean, log_count = others
+    weight = torch.sigmoid(logit + log_count - lse)[..., None]
+    return torch.lerp(o.to(weight.dtype), mean.to(weight.dtype), weight).to(o.dtype)
+
+
+def hidden_keys(mask: Mask, visible: Tensor | None, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the values that `mask` hides from each query (B, H, Sq, Dv), log of their number (B or 1, H or 1, Sq).
+
+    Zero and -inf where it hides none. visible: the mask as bool, broadcastable to (B, H, Sq, Sk); None for a plain
+    `Causal`, whose hidden keys are the last ones.
+    """
+    if visible is None and isinstance(mask, Causal):
+        return _after(mask, q, v)
+    if visible is None:
+        raise TypeError(f"mask {mask}: wanted it as a tensor; only causal(offset) needs none")
+    flat = torch.zeros((), dtype=q.dtype, device=q.device)
+    queries, keys = flat.expand(*q.shape[:3], 1), flat.expand(*v.shape[:3], 1)
+    mean, log_count, _ = attend(
+        *(queries, keys, v, None, ~four_dimensional(visible), None, None),
+        *(1.0, None, None, 0, 0, None, "zero"),
+        *(None, 0, False),
+    )
+    return mean, log_count
+
+
+def _after(mask: Causal, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the keys behind the last that each query sees: sums from the end, O(Sk Dv)."""
+    sq, sk = q.shape[2], v.shape[2]
+    first = (torch.arange(sq, device=q.device) + (mask.offset.at(sq, sk) + 1)).clamp(0, sk)
+    wide = v.to(torch.promote_types(v.dtype, torch.float32))
+    sums = torch.nn.functional.pad(wide.flip(2).cumsum(2).flip(2), (0, 0, 0, 1))
+    count = (sk - first).to(wide.dtype)
+    mean = sums.index_select(2, first) / count.clamp(min=1)[:, None]
+    return mean.repeat_interleave(q.shape[1] // v.shape[1], dim=1), count.log()[None, None]

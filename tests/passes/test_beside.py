@@ -1,0 +1,61 @@
+"""Scores of several products, and queries switched off afterwards: read as what they mean; near misses stay right."""
+
+import re
+
+import pytest
+import torch
+from beside_spellings import BESIDE, BESIDE_NEAR_MISSES
+from compiling import check_like_eager
+from near_misses import NearMiss
+from spellings import FIXED, SK, SQ, B, D, H, Spelling, draw
+from torch import Tensor
+
+import attnopt
+
+
+@pytest.mark.parametrize("spelling", BESIDE, ids=lambda s: s.name)
+def test_a_spelling_is_read_and_computes_what_eager_computes(spelling: Spelling) -> None:
+    report = check_like_eager(spelling.attend, spelling.inputs(), differentiable=spelling.differentiable)
+    (site,) = report.attention
+    assert (site.verdict, site.spec) == ("rewritten", spelling.line(symbolic=False)), site.reason
+    assert site.error is not None
+    assert site.error <= 1e-9
+
+
+@pytest.mark.parametrize("spelling", BESIDE, ids=lambda s: s.name)
+def test_a_spelling_is_read_with_symbolic_sizes(spelling: Spelling) -> None:
+    report = check_like_eager(spelling.attend, spelling.inputs(), dynamic=None, fixed={*FIXED, SK})
+    (site,) = report.attention
+    found = " ".join(word for word in site.spec.split() if not word.startswith("scale="))
+    assert (site.verdict, found) == ("rewritten", spelling.line(symbolic=True)), site.reason
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("miss", BESIDE_NEAR_MISSES, ids=lambda m: m.name)
+def test_a_near_miss_is_left_alone_or_computes_the_same(miss: NearMiss, *, dynamic: bool) -> None:
+    report = check_like_eager(miss.attend, miss.inputs(), differentiable=2, dynamic=dynamic)
+    if miss.reason:
+        assert report.having("rewritten", "kept") == ()
+        assert any(re.search(miss.reason, site.reason) for site in report.sites), report.sites
+
+
+def test_keys_are_tiled_for_each_query_head() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.tile(H, 1, 1).mT).softmax(-1) @ v.tile(1, H, 1, 1)
+
+    report = check_like_eager(
+        attend, (draw(B, H, SQ, D), draw(1, SK, D), draw(B, 1, SK, D)), differentiable=3
+    )
+    (site,) = report.attention
+    assert (site.verdict, site.spec) == ("rewritten", f"softmax scale=1 gqa={H} full"), site.reason
+
+
+def test_a_mask_of_numbers_that_a_module_holds_says_what_to_write() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (q @ k.mT * keep - 1e9 * (1 - keep)).softmax(-1) @ v  # LogTrans
+
+    keep = torch.rand(SQ, SK).round()
+    report = check_like_eager(attend, (draw(B, SQ, D), draw(B, SK, D), draw(B, SK, D), keep))
+    (site,) = report.having("refused")
+    assert "scores.masked_fill(mask == 0" in site.reason
+    assert attnopt.reports()[-1].warnings == ()
