@@ -104,7 +104,7 @@ models every fourth one was run.
 | sites | those with a contraction above and, below, one over the softmaxed dimension, on a functional ATen trace |
 | rewritten | replaced by a kernel, or an SDPA call that is already the best there is |
 | Inductor | what its own attention patterns replace in the same model |
-| linear | linear-attention sites rewritten, of those reported |
+| linear | linear-attention sites rewritten, of those in the kernel's family (+ reported ones of other recurrences) |
 | causal proven | masks with a proven causal part, of the rewritten softmaxes without weight above the diagonal |
 | unexplained | sites without a line in the report, in models without graph breaks and untouched graphs |
 | wrong, crashes, untouched, graph breaks | models |
