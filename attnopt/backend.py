@@ -80,11 +80,13 @@ def attnopt(
 
 
 def inner_settings(mode: str | None, options: Options) -> dict[str, Any]:
-    """What a mode of torch.compile means to Inductor. Raises OptionError for one that is none, or where Inductor is not."""
+    """What a mode of torch.compile means to Inductor. Raises OptionError for no mode, and where Inductor is not."""
     if mode is None or mode == "default":
         return {}
     if options.inner != "inductor":
-        raise OptionError(f"mode={mode!r} is for inner='inductor', and inner is {options.inner!r}; leave out one")
+        raise OptionError(
+            f"mode={mode!r} is for inner='inductor', and inner is {options.inner!r}; leave out one"
+        )
     from torch._inductor import list_mode_options
 
     try:
@@ -202,7 +204,7 @@ def check_strict(report: Report) -> None:
         raise StrictError(
             f"strict=True and {len(left)} attention site(s) were left alone; the first is {what}{named}: {why(site)} "
             f"(rule {site.nearest_rule}, node {short_node(site.node) or '?'}). "
-            f"What would help: {site.advice or 'change the model'}; or drop strict=True."
+            f"What would help: {site.advice or 'nothing yet'}; or drop strict=True."
         )
     if report.warnings:
         raise StrictError(f"strict=True and {report.warnings[0]}")

@@ -91,7 +91,7 @@ def _is_held(meta: Mapping[str, Any]) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """A tensor with numbers that counts its versions and is not trained: positions, a table over pairs, decays of heads.
+    """A tensor that has numbers, counts its versions and is not trained: positions, a table over pairs, decays.
 
     Single numbers are left out: counters are kept like that, and change at each call.
     """

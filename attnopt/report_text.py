@@ -19,7 +19,7 @@ def render(report: Report, width: int = WIDTH) -> str:
         page.rewritten(report.having("rewritten")),
         page.kept(report.having("kept")),
         page.left_alone(report.having("refused", "quarantined")),
-        page.not_attention(report.having("rejected")),
+        page.not_attention(report.having("rejected"), cut=bool(report.graph_breaks)),
         page.listed("graph breaks (an attention that spans one cannot be found)", report.graph_breaks),
         page.listed("warnings", report.warnings),
         page.listed(f"evaluated on {report.evaluation.get('text')}", tuple(_evaluated(report))),
@@ -119,13 +119,14 @@ class _Page:
         """What was not rewritten, with the line, the reason and what would help."""
         return self.block(f"left alone: {count(len(sites), 'site')}", map(self._refusal, group(sites)))
 
-    def not_attention(self, sites: Sequence[SiteReport]) -> str:
-        """What only looked like attention, in a line each: nothing to do about it."""
+    def not_attention(self, sites: Sequence[SiteReport], *, cut: bool) -> str:
+        """What only looked like attention, in a line each; cut: whether a break may hide the rest of it."""
         rows = [
             f"{len(f.sites)}x {f.first.where}{f'  {f.modules}' if f.modules else ''}: {f.first.code or f.first.reason}"
             for f in group(sites)
         ]
-        return self.listed("looked like attention and is not", rows)
+        title = "looked like attention and is not" + (", as far as its graph goes" if cut else "")
+        return self.listed(title, rows)
 
     def block(self, title: str, entries: "Sequence[str] | map[str]") -> str:
         """A title, a rule, and the entries; nothing without entries."""

@@ -28,6 +28,7 @@ stride sub sub_ swapaxes sym_float sym_int sym_max sym_min sym_size sym_sum t ta
 to transpose tril triu truediv type type_as unbind unflatten unsqueeze upsample_nearest2d view view_as where
 xor zeros zeros_like __add__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __rsub__ __sub__ __truediv__
 _assert _assert_async _assert_tensor_metadata _native_batch_norm_legit _set_grad_enabled _to_copy
+set_inplace_requires_grad_allowed
 """
 
 #: Functions and methods that neither multiply two computed tensors along a sum, nor normalise, nor accumulate.
@@ -68,7 +69,7 @@ def check_readable(module: GraphModule) -> None:
     for node in module.graph.nodes:
         owner = getattr(node.target, "__module__", None) or ""
         is_transform = owner.startswith(_TRANSFORMS) and node.op == "call_function"
-        if is_transform and name_of(node.target) not in _VMAP:
+        if is_transform and name_of(node.target) not in _VMAP | _AROUND_LEAVES:
             raise UnsupportedError(
                 f"torch.func (grad, jvp, functionalize) is used inside the compiled function{line_of(node)}, and its "
                 "inner values belong to it alone. Compile the function that torch.func transforms instead"
@@ -82,6 +83,8 @@ def nesting(node: Node) -> int:
 
 _TRANSFORMS = ("torch._functorch", "torch._C._functorch")
 _NESTING = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
+#: What stands around `x.requires_grad_()`: it allows that inside of torch.func, and transforms nothing.
+_AROUND_LEAVES = frozenset({"set_inplace_requires_grad_allowed"})
 #: What torch.vmap leaves in a graph.
 _VMAP = frozenset({*_NESTING, "_add_batch_dim", "_remove_batch_dim", "lazy_load_decompositions"})
 

@@ -19,6 +19,7 @@ from attnopt.passes import emit
 from attnopt.passes.layout import Axis
 from attnopt.passes.replay import Replay, normal_form
 from attnopt.passes.site import Operand, Result
+from attnopt.passes.site_block import Block
 from attnopt.passes.sizes import Concrete, product, seen_symbols
 from attnopt.rule import Reject, Site
 from attnopt.shadow import Shadow
@@ -164,11 +165,17 @@ def _reduced(site: Site, numbers: Iterable[int]) -> Concrete:
     roles = emit.result_of(site).roles
     short = max([SHORT, *(n + 5 for n in numbers if n <= LONGEST)])
     sizes: dict[int, int] = {}
-    for axes, small in ((roles.query, short), (roles.key, short + 2), (roles.batch, 2)):
+    sequences = () if _has_blocks(site) else ((roles.query, short), (roles.key, short + 2))
+    for axes, small in (*sequences, (roles.batch, 2)):
         for axis in axes:
             if isinstance(axis.size, int) and axis.size > small:
                 sizes.setdefault(axis.size, small)
     return Concrete(sizes)
+
+
+def _has_blocks(site: Site) -> bool:
+    """Whether a bias is one of a part of the queries or keys, whose number then depends on theirs."""
+    return any(isinstance(part, Block) for _, part in emit.parts(site))
 
 
 def _lie_beyond(site: Site, numbers: Iterable[int]) -> bool:
@@ -195,7 +202,8 @@ def _lengths(site: Site, sizes: Concrete) -> dict[Axis, int]:
     """A concrete length for every axis."""
     roles = emit.result_of(site).roles
     named = (roles.batch, roles.heads, roles.query, roles.key, roles.d, roles.dv, roles.more)
-    return {axis: sizes.of(axis.size) for axes in named for axis in axes}
+    own = (group for _, part in emit.parts(site) for group in part.layout or ())
+    return {axis: sizes.of(axis.size) for axes in (*named, *own) for axis in axes}
 
 
 def _values(site: Site, lengths: Mapping[Axis, int], family: "Family") -> dict[Node, Any]:

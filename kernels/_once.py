@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 from attnopt.errors import UnsupportedError
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnopt.passes.layout import Axes, Axis, Dims
 from attnopt.passes.site import Filled, Operand, Result, Roles
+from attnopt.passes.site_block import padded
 from attnopt.rule import Reject, Site
 from attnopt.spec import AttentionSpec
 
@@ -127,7 +128,10 @@ def _split_known_sizes(left: list[tuple[Axes, Any]], known: Lengths) -> None:
             if axis not in known and isinstance(axis.size, int):
                 known[axis] = axis.size
                 return
-    raise Reject("the lengths of merged dimensions cannot be told apart")
+    raise Reject(
+        "dimensions are merged whose symbolic lengths only their product tells (windows of an image, say); compile "
+        "with those sizes fixed (torch._dynamo.mark_static, or dynamic=False)"
+    )
 
 
 def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], sizes: Lengths) -> Tensor:
@@ -154,6 +158,7 @@ def arrange(operand: Operand, name: str, roles: Roles, held: Mapping[Any, Any], 
         out = out * operand.factor
     if operand.rsqrt:
         out = out * _merged(operand.rsqrt, sizes) ** -0.5
+    out = padded(out, operand)
     return out - out.amax(-1, keepdim=True) if operand.function == "relative" else out
 
 

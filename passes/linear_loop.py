@@ -28,9 +28,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.linear_loop_alike import Shapes
-from attnopt.passes.linear_loop_constants import check_constants, check_numbers
-from attnopt.passes.linear_loop_decay import Found, above, check_positive, differing_head, find, measure
+from attnopt.passes.linear_loop_constants import check_constants
+from attnopt.passes.linear_loop_decay import (
+    Found,
+    above,
+    check_positive,
+    differing_head,
+    find,
+    measure,
+    rounded,
+)
 from attnopt.passes.linear_loop_few import few
+from attnopt.passes.linear_loop_numbers import common, factors, powers
 from attnopt.passes.linear_loop_probe import Draw, Trial, patterns, probe, run
 from attnopt.passes.linear_loop_reading import Reading, moved, normal_form
 from attnopt.passes.linear_loop_roles import Cast, Labels, cast_of, label
@@ -160,7 +169,7 @@ def read_region(shadow: Shadow, region: Region, known: Known) -> Site:
 
 def _read_and_try(region: Region, tables: tuple[Table, ...]) -> "Reading | Reject":
     try:
-        check_numbers(region)
+        factors(region)
         shapes = few(region, tables)
         _check_size(region, shapes)
         with torch.inference_mode(mode=False), torch.enable_grad():
@@ -186,7 +195,12 @@ def _read_roles(region: Region, tables: tuple[Table, ...], shapes: Shapes) -> Re
     if decay is not None and decay.function == "log" and decay.node is not None:
         check_positive(region, decay.node)
     state = None if region.state is None else _state_dims(region, trial, cast, labels)
-    return Reading(region, tables, cast, labels, decay, measured.scale, state, shapes)
+    found = tuple(
+        powers(region, node, trial.values, run(region, tables, Draw(10, doubled=node), shapes).values)
+        for node in factors(region)
+    )
+    scale = rounded(measured.scale / common(found, trial.values))
+    return Reading(region, tables, cast, labels, decay, scale, state, shapes, found)
 
 
 def _check_smooth(region: Region) -> None:

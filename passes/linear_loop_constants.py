@@ -16,35 +16,12 @@ from attnopt.passes.linear_loop_probe import Draw, sizes_of, symbols_of
 from attnopt.passes.mask_numbers import WIDE
 from attnopt.passes.replay import evaluate, resized
 from attnopt.passes.reroll_cut import Region
-from attnopt.passes.reroll_sizes import TAKES, name_of
+from attnopt.passes.reroll_sizes import name_of
 from attnopt.passes.sizes import Concrete
 from attnopt.rule import Reject
 
 #: What hands out memory that nobody has written to yet.
 _UNWRITTEN = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
-
-
-#: Operations that take sizes to lay tensors out, not to compute with.
-_LAYS_OUT = TAKES | {
-    "zeros", "ones", "empty", "eye", "arange", "new_zeros", "new_ones", "new_empty", "view", "reshape", "_unsafe_view",
-    "unflatten", "expand", "broadcast_to", "repeat", "pad", "constant_pad_nd", "sym_size", "slice_scatter",
-    "select_scatter", "as_strided", "tril", "triu", "unfold", "roll", "zeros_like", "ones_like", "empty_like",
-}  # fmt: skip
-
-
-def check_numbers(region: Region) -> None:
-    """Raises Reject where a symbolic size is computed with: trials would take it for the number that it was."""
-    for node in region.nodes:
-        symbolic = [
-            x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.SymInt | torch.SymFloat)
-        ]
-        if symbolic and name_of(node) not in _LAYS_OUT:
-            raise Reject(
-                f"a loop over positions computes with {symbolic[0].name}, a number made of symbolic sizes; "
-                "multiply the queries by it before the loop",
-                node,
-                3,
-            )
 
 
 def check_constants(region: Region, shapes: Shapes) -> None:

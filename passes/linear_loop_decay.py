@@ -77,12 +77,22 @@ def measure(region: Region, trial: Trial, cast: Cast, labels: Labels) -> Measure
     if scale == 0 or not bool(alike) or not bool((weights / scale > 0).all()):
         if any(ALL in cast.patterns[leaf] for leaf in cast.others):
             raise Reject(VECTOR, region.root, 3)
+        if cast.gates:
+            raise Reject(_weighed(cast.gates), region.root, 2)
         raise Reject("a loop over positions whose weights are no scale times a decay", region.root, 1)
     logs = (weights / scale).log()
-    return Measured(_rounded(scale), logs[..., :-1] - logs[..., 1:])
+    return Measured(rounded(scale), logs[..., :-1] - logs[..., 1:])
 
 
-def _rounded(scale: float) -> float:
+def _weighed(gates: Sequence[Node]) -> str:
+    names = " or ".join(node.name for node in gates)
+    return (
+        f"a loop over positions that gives each a weight of its own, made of {names}, beside the decay (as dt in a "
+        "state space model); multiply the keys or the values by it before the loop, and make the decay there"
+    )
+
+
+def rounded(scale: float) -> float:
     """A scale measured at 1 but for rounding is 1."""
     return 1.0 if abs(scale - 1.0) < 1e-12 else scale
 

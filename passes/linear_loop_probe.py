@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.linear_loop_alike import Shapes
+from attnopt.passes.linear_loop_numbers import factors
 from attnopt.passes.linear_loop_tables import Table
 from attnopt.passes.replay import evaluate
 from attnopt.passes.reroll_cut import Region
@@ -51,6 +52,7 @@ class Draw:
     factors: frozenset[Node] = (
         frozenset()
     )  # what multiplies the state at each step: powers of it must not vanish
+    doubled: Node | None = None  # a number of the graph that is twice what it would be
 
 
 def sizes_of(region: Region, how: "Draw") -> Concrete:
@@ -96,6 +98,9 @@ def run(
     if gradients:
         given = {leaf: value.requires_grad_() if leaf not in held else value for leaf, value in given.items()}
     numbers = {node: sizes.number(node.meta["val"]) for node in region.numbers}
+    for node in factors(region):
+        drawn = 0.5 + float(torch.rand((), generator=generator, dtype=torch.float64))
+        numbers[node] = 2.0 * drawn if node is how.doubled else drawn
     with torch.set_grad_enabled(gradients):
         values = evaluate(region.nodes, {**given, **numbers}, sizes, wanted)
     return Trial(values, given)

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from attnopt.passes.linear_loop_alike import Shapes
 from attnopt.passes.linear_loop_decay import Found
+from attnopt.passes.linear_loop_numbers import Factor
 from attnopt.passes.linear_loop_roles import Cast, Labels
 from attnopt.passes.linear_loop_tables import Table
 from attnopt.passes.reroll_cut import Region
@@ -17,7 +18,7 @@ from attnopt.passes.reroll_cut import Region
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One region, read completely. shapes: of the tensors of which trials need fewer elements."""
+    """One region, read completely. shapes: of the tensors of which trials need fewer elements; factors: symbolic."""
 
     region: Region
     tables: tuple[Table, ...]
@@ -27,6 +28,7 @@ class Reading:
     scale: float
     state_dims: tuple[object, ...] | None
     shapes: Shapes
+    factors: tuple[Factor, ...] = ()
 
 
 def normal_form(region: Region, tables: Sequence[Table]) -> tuple[str, tuple[Node, ...]]:
@@ -80,4 +82,14 @@ def moved(found: Reading, region: Region, tables: tuple[Table, ...], to: Mapping
     if decay is not None and decay.node is not None:
         decay = replace(decay, node=to[decay.node])
     shapes = {to[n]: shape for n, shape in found.shapes.items()}
-    return replace(found, region=region, tables=tables, cast=own, labels=labels, decay=decay, shapes=shapes)
+    factors = tuple(replace(factor, node=to[factor.node]) for factor in found.factors)
+    return replace(
+        found,
+        region=region,
+        tables=tables,
+        cast=own,
+        labels=labels,
+        decay=decay,
+        shapes=shapes,
+        factors=factors,
+    )

@@ -10,6 +10,7 @@ from torch.fx import Node
 from attnopt.mask import Causal
 from attnopt.passes import emit
 from attnopt.passes.linear_finite import check_decay, check_operands
+from attnopt.passes.linear_loop_numbers import times
 from attnopt.passes.linear_loop_probe import Draw, run, symbols_of
 from attnopt.passes.linear_loop_reading import Reading
 from attnopt.passes.linear_loop_reference import recurrence
@@ -36,6 +37,7 @@ def build(r: Reading) -> Site:
         name: with_dtype(Operand(node, r.labels.by[node]), dtype)
         for name, node in zip("qkv", bases, strict=True)
     }
+    operands |= _scaled(r, operands)
     if r.decay is not None:
         operands["log_decay"] = decay = _decay_operand(r)
         check_decay(decay)
@@ -61,6 +63,16 @@ def build(r: Reading) -> Site:
         body=region.nodes, state=_state_result(r), assumed={t.node: t for t in r.tables},
         trial=lambda seed: _values(r, replace(DRAWS[seed % len(DRAWS)], seed=100 + seed)),
     )  # fmt: skip
+
+
+def _scaled(r: Reading, operands: Mapping[str, Operand | Filled]) -> dict[str, Operand | Filled]:
+    """Queries and keys times the symbolic numbers that the loop multiplies by."""
+    q = tuple(part for factor in r.factors for part in times(factor.node, factor.queries))
+    k = tuple(part for factor in r.factors for part in times(factor.node, factor.keys))
+    given = {"q": q, "k": k}
+    return {
+        n: replace(o, times=given[n]) for n, o in operands.items() if n in given and isinstance(o, Operand)
+    }
 
 
 _KINDS = {"per_head": Decay.PER_HEAD, "per_token": Decay.PER_TOKEN}

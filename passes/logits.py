@@ -53,7 +53,7 @@ class LogitsReader:
     """Reads fills and terms of one site.
 
     given: a mask that the call states without a tensor. safe: the softmax returns zeros for an empty row. sinks: a
-    sink stands beside the logits, and notices when a whole row is shifted.
+    sink stands beside the logits, and notices when a whole row is shifted. biases: what is known to be added besides.
     """
 
     space: Space
@@ -61,6 +61,7 @@ class LogitsReader:
     given: Mask = FULL
     safe: bool = False
     sinks: bool = False
+    biases: tuple[Operand, ...] = ()
 
     def read(self, fills: Iterable[Fill], terms: Iterable[Term]) -> Logits:
         """Everything between the scaled scores and the softmax."""
@@ -68,7 +69,7 @@ class LogitsReader:
         told = {id(f): self._faint(f, fills, terms) for f in fills if not self.is_hiding(f)}
         found = [pair for pair in told.values() if pair is not None]
         kept = [fill for fill in fills if told.get(id(fill)) is None]
-        logits = self._read(kept, terms, [self._relative(bias) for bias, _ in found])
+        logits = self._read(kept, terms, [*self.biases, *(self._relative(b) for b, _ in found)])
         if logits.empty_row is EmptyRow.NAN:
             check_fits(fills, terms)
         return replace(logits, keys=tuple(keep for _, keep in found))
@@ -86,7 +87,8 @@ class LogitsReader:
 
     def is_hiding(self, fill: Fill) -> bool:
         """Whether a filled score weighs nothing beside a visible one."""
-        return fill.value <= max(NEGLIGIBLE, torch.finfo(fill.dtype).min)
+        least = torch.finfo(fill.dtype).min if fill.dtype.is_floating_point else NEGLIGIBLE
+        return fill.value <= max(NEGLIGIBLE, least)
 
     def _faint(
         self, fill: Fill, fills: Sequence[Fill], terms: Sequence[Term]
@@ -195,8 +197,8 @@ class LogitsReader:
         """What an added tensor says about visibility, if it is 0 or a number that hides, once multiplied."""
         roles, sizes = self._labels(term.dims)
         reading = None if roles is None else read_additive(term.node, roles, sizes, at=term.at)
-        least = torch.finfo(term.node.meta["val"].dtype).min
-        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, least):
+        held = term.node.meta["val"].dtype
+        if reading is None or reading.fill * term.factor > max(NEGLIGIBLE, torch.finfo(held).min):
             return None
         return reading
 

@@ -12,6 +12,9 @@ from attnopt.passes.site import Operand, Roles
 from attnopt.passes.terms import NEGLIGIBLE, Fill, Term, floors, held_as, narrowest
 from attnopt.rule import Reject
 
+#: No score comes near this.
+BEYOND_SCORES = 1e30
+
 
 def bias_of(space: Space, roles: Roles, term: Term) -> Operand:
     """What is added, as a number: True counts 1."""
@@ -27,14 +30,18 @@ def bias_of(space: Space, roles: Roles, term: Term) -> Operand:
         )
     if not held.is_floating_point:
         return Operand(term.node, dims, term.factor, times, dtype=torch.float32)
-    if narrowest(term.casts, held) != held:
+    narrow = narrowest(term.casts, held)
+    if narrow != held and (times or torch.finfo(narrow).max < BEYOND_SCORES):
         raise Reject("a bias is added before the scores are cast to a type that may not hold it", term.node)
     if floors(term.casts):
         raise Reject(
-            f"scores with a bias are raised to at least {floors(term.casts)[0]:g}, which rows without keys notice",
+            f"scores with a bias are raised to at least {floors(term.casts)[0]:g}, which rows without keys notice; "
+            "leave the lower bound out",
             term.node,
         )
-    return Operand(term.node, dims, term.factor, times, dtype=_widest(term) if times else None)
+    # What lies beyond so wide a range with a score lies beyond it without.
+    stored = narrow if narrow != held else None
+    return Operand(term.node, dims, term.factor, times, dtype=_widest(term) if times else stored)
 
 
 def factor_of(space: Space, roles: Roles, term: Term) -> Operand:
@@ -77,7 +84,7 @@ def _sum_type(term: Term) -> torch.dtype:
     """The dtype of the scores with the term added to them."""
     value = None if term.at is None else term.at.meta["val"]
     held = term.node.meta["val"].dtype
-    return torch.promote_types(held, value.dtype) if isinstance(value, Tensor) else held
+    return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else held
 
 
 def _widest(term: Term) -> torch.dtype:

@@ -131,8 +131,13 @@ def covered(write: Node, base: Node) -> tuple[Place, ...] | None:
     """The part of `base` that `write` writes, one place a dimension; None where it is no plain block of `base`."""
     if not isinstance(write.meta.get("val"), Tensor):
         return None  # it writes to several tensors, or says nothing of what it writes
+    target = written_by(write)
+    return None if target is None else block_of(target, base)
+
+
+def block_of(node: Node | None, base: Node) -> tuple[Place, ...] | None:
+    """The part of `base` that `node` is, by slices and selections; None where it is no plain block of it."""
     steps: list[Node] = []
-    node: Node | None = written_by(write)
     while node is not None and node is not base:
         steps.append(node)
         node = _source_of_block(node)

@@ -19,6 +19,7 @@ from attnopt.passes.mask_literals import Planes, plane
 from attnopt.passes.mask_writes import is_settled, writes_after
 from attnopt.passes.sizes import Concrete, seen_float, size_of
 from attnopt.passes.softmax_nodes import same_value
+from attnopt.passes.terms import NEGLIGIBLE
 from attnopt.rule import Site
 from attnopt.shadow import CONSTANT, Shadow
 
@@ -209,11 +210,15 @@ def _argument(value: Any, known: Mapping[Node, Any], sizes: Concrete) -> Any:
 
 
 def _rounded(node: Node, value: Any) -> Any:
-    """A number that the graph makes of nothing but numbers, as its dtype holds it: so the scale is read, too."""
+    """A number that the graph makes of nothing but numbers, as its dtype holds it: so the scale is read, too.
+
+    Not one that hides keys: a mask may compare it with the same number made of a tensor, which nothing rounds.
+    """
     made = node.meta.get("val")
-    if not (isinstance(made, Tensor) and made.is_floating_point() and uniform(node) is not None):
+    if not (isinstance(made, Tensor) and made.is_floating_point()):
         return value
-    return value.to(made.dtype)
+    number = uniform(node)
+    return value if number is None or abs(number) >= -NEGLIGIBLE else value.to(made.dtype)
 
 
 def _wide(value: Any) -> Any:

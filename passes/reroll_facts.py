@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from attnopt.passes.layout import CASTS, COPIES, EXPANDS, RESHAPES, permutation
 from attnopt.passes.mask_writes import written_by
-from attnopt.passes.reroll_sizes import CONTRACTIONS, TAKES, coupled_sizes, name_of, taken_sizes
+from attnopt.passes.reroll_sizes import CONTRACTIONS, TAKES, coupled_sizes, name_of, taken_dim, taken_sizes
 from attnopt.passes.sizes import is_one, shape_of
 from attnopt.shadow import Shadow
 
@@ -88,8 +88,8 @@ def is_outer(node: Node) -> bool:
 
 
 def _viewed(node: Node) -> Node:
-    """The tensor of which a node is a view."""
-    while is_view(node):
+    """The tensor of which a node is a view; symbolic sizes leave slices of everything in the graph."""
+    while is_view(node) or (name_of(node) == "slice" and taken_dim(node) is None):
         node = node.all_input_nodes[0]
     return node
 

@@ -9,7 +9,9 @@ from attnopt.passes.constants import uniform
 from attnopt.passes.contraction import Contraction, contraction, label_up, scaled_by_sizes, summed_product
 from attnopt.passes.layout import Dims, Space, step_up
 from attnopt.passes.mask_writes import writes_after
+from attnopt.passes.scores_blocks import Base, written
 from attnopt.passes.scores_moves import Move, settled
+from attnopt.passes.scores_parts import part_moves
 from attnopt.passes.scores_steps import added_term, moves
 from attnopt.passes.terms import Scores, Term
 from attnopt.rule import Reject
@@ -26,7 +28,8 @@ class ScoreReader:
     """Walks from the softmax upwards; each step folds one node into a Scores. ways: how often each node was read.
 
     Other users of a value on the way do not matter here: whether they keep it from being replaced is for the site.
-    weights, values: the dimensions of the softmax, and of what it weighs, where they are known.
+    weights, values: the dimensions of the softmax, and of what it weighs, where they are known. base: where else
+    reading ends.
     """
 
     space: Space
@@ -34,12 +37,20 @@ class ScoreReader:
     ways: Counter[Node] = field(default_factory=Counter)
     weights: Dims = ()
     values: Dims = ()
+    base: Base | None = None
 
     def read(self, node: Node, dims: Dims, below: Scores) -> Scores:
         """The scores of which `node` is a part: `below` is what the nodes under it have said."""
         here = replace(below, path=(*below.path, node))
         self._need_readable(node, below)
+        reader = below.path[-1] if below.path else None
+        if self.base is not None and self.base.ends_at(node, reader):
+            return here
+        if writes := writes_after(node, reader):
+            here = self._written(node, dims, below, writes)
         form = contraction(node) or summed_product(node)
+        if form is not None and self.base is not None:
+            raise Reject("a product is written into a block of the scores", node, len(here.path))
         if form is not None:
             return self._contract(form, dims, here)
         if (scaled := scaled_by_sizes(node)) is not None:
@@ -54,20 +65,20 @@ class ScoreReader:
             raise Reject(f"more than {LONGEST} operations between Q K^T and the softmax", node, depth)
         if self.ways[node] > MOST_WAYS:
             raise Reject(f"{node.name} enters the scores in more than {MOST_WAYS} ways", node, depth)
-        reader = below.path[-1] if below.path else None
-        for late in writes_after(node, reader):
-            raise Reject(
-                f"an inner value of the attention ({node.name}) is written to in place, perhaps through a view",
-                late,
-                depth,
-            )
+
+    def _written(self, node: Node, dims: Dims, below: Scores, writes: list[Node]) -> Scores:
+        """With what was written to blocks of `node`."""
+        within = ScoreReader(self.space, self.shadow)
+        return written(node, dims, below, writes, lambda base: replace(within, base=base).read)
 
     def _above(self, node: Node, dims: Dims, here: Scores) -> list[Move]:
         try:
             moved = step_up(self.space, node, dims)
         except Reject as reject:
             raise Reject(reject.reason, reject.node, len(here.path)) from None
-        return moves(node, dims, here) if moved is None else [(*moved, here)]
+        if moved is not None:
+            return [(*moved, here)]
+        return part_moves(self.space, node, dims, here) or moves(node, dims, here)
 
     def _best(self, ways: list[Move]) -> Scores:
         """Of several operands that may hold the scores, the one whose queries and keys fit the values best."""

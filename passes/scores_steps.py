@@ -45,9 +45,18 @@ def moves(node: Node, dims: Dims, here: Scores) -> list[Move]:
 def added_term(node: Node, added: Node, dims: Dims, here: Scores, factor: float) -> Term:
     """What `node` adds to the scores, `settled`, as a term of the logits. Inside a soft cap it is none: Reject."""
     need_uncapped(here, node, "a bias")
+    casts = (*here.casts, *_stored(node, added, here))
     return Term(
-        added, broadcast_up(dims, shape_of(added)), here.scale * factor, casts=here.casts, times=here.factors, at=node
+        added, broadcast_up(dims, shape_of(added)), here.scale * factor, casts=casts, times=here.factors, at=node
     )  # fmt: skip
+
+
+def _stored(node: Node, added: Node, here: Scores) -> tuple[Cast, ...]:
+    """The cast of a sum that is written into a tensor of a shorter range, as by `scores += bias`."""
+    made, given = node.meta["val"].dtype, added.meta["val"].dtype
+    if not (made.is_floating_point and given.is_floating_point):
+        return ()
+    return (Cast(made, here.scale),) if torch.finfo(given).max > torch.finfo(made).max else ()
 
 
 def _cast(node: Node, dims: Dims, here: Scores) -> list[Move]:
@@ -125,6 +134,14 @@ def _add(
         term = replace(added_term(node, addend, dims, below, added_weight), tops=tops)
         found.append(up(scores, dims, replace(below, scale=below.scale * weight, terms=(*below.terms, term))))
     return found
+
+
+def _copied(node: Node, dims: Dims, here: Scores) -> list[Move]:
+    """A tensor that is overwritten as a whole."""
+    source = arguments(node)["src"]
+    if source.meta["val"].dtype != node.meta["val"].dtype:
+        raise Reject("scores are written into a tensor of another type", node, len(here.path))
+    return [up(source, dims, here)]
 
 
 def _addcmul(node: Node, dims: Dims, here: Scores) -> list[Move]:
@@ -231,6 +248,7 @@ _STEPS: dict[Any, Step] = {
     **dict.fromkeys((aten.maximum.default, aten.max.other), maximum),
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp.Tensor, aten.clamp_min.Tensor), clamp),
     aten.addcmul.default: _addcmul,
+    aten.copy.default: _copied,
     aten.neg.default: _neg,
     aten.negative.default: _neg,
     aten.nan_to_num.default: nan_to_num,

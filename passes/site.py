@@ -1,6 +1,6 @@
 """From labelled tensors to a Site: which axes are batch, heads, queries, keys; and how each operand is obtained."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Literal
@@ -233,9 +233,7 @@ def working_dtype(operands: Iterable[tuple[Node, torch.dtype]], root: torch.dtyp
     return result
 
 
-def check_unmutated(
-    operands: Mapping[str, Operand], root: Node, inner: frozenset[Node] = frozenset()
-) -> None:
+def check_unmutated(operands: Mapping[str, Operand], root: Node, inner: Container[Node] = ()) -> None:
     """Operands must hold the same value at the root as where the graph reads them; an inner write reads, too."""
     for name, operand in operands.items():
         for part in operand.parts:

@@ -24,6 +24,7 @@ from attnopt.passes.softmax_form import (
     is_called,
     is_float_cast,
     number,
+    onto,
     reduction_of,
     reduction_places,
     row_of,
@@ -46,7 +47,7 @@ class ExpRule:
     """Softmax attention whose softmax is written out with exp."""
 
     name = "softmax by hand"
-    anchors = frozenset({aten.exp.default})
+    anchors = frozenset({aten.exp.default, aten.exp_.default})
 
     def read(self, anchor: Node, shadow: Shadow) -> Site:
         """The site around one exp. Raises Reject, with depth -1 where nothing looks like a softmax."""
@@ -179,7 +180,7 @@ def _masks(user: Node, node: Node) -> tuple[tuple[Node, bool], ...] | None:
         return None
     if user.args[0] is node and (is_float_cast(user) or is_copy(user)):
         return ()
-    match user.target:
+    match onto(user, node):
         case aten.mul.Tensor:
             other = user.args[1] if user.args[0] is node else user.args[0]
             return ((cast(Node, other), False),) if _is_tensor(other) and other is not node else None

@@ -7,7 +7,8 @@ from torch.fx import Node
 
 from attnopt.passes.constants import present
 from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, input_node, is_copy, step_up
-from attnopt.passes.mask_writes import arguments, writes_after
+from attnopt.passes.mask_writes import arguments, writes_after, written_by
+from attnopt.passes.scores_moves import functional
 from attnopt.passes.sizes import Size, same, shape_of
 from attnopt.passes.terms import Cast, Fill, Term
 
@@ -250,11 +251,17 @@ _KEPT = frozenset(
 )
 
 
+def onto(user: Node, node: Node) -> object:
+    """The operation of a node; of one that writes in place, and to `node`, the out-of-place form."""
+    return functional(user) if written_by(user) is node else user.target
+
+
 def divisor_of(user: Node, node: Node) -> Node | None:
     """d, for a node that is `node` / d, or `node` * (1 / d); None for another."""
-    if user.target in (aten.div.Tensor, aten.true_divide.Tensor) and user.args[0] is node:
+    target = onto(user, node)
+    if target in (aten.div.Tensor, aten.true_divide.Tensor) and user.args[0] is node:
         return user.args[1] if isinstance(user.args[1], Node) else None
-    if user.target == aten.mul.Tensor and node in user.args:
+    if target == aten.mul.Tensor and node in user.args:
         other = user.args[1] if user.args[0] is node else user.args[0]
         inverse = above_casts(other) if isinstance(other, Node) else None
         if inverse is not None and inverse.target == aten.reciprocal.default:

@@ -12,6 +12,7 @@ from attnopt.passes.layout import Axes, Dims, Space
 from attnopt.passes.logits import LogitsReader
 from attnopt.passes.logits_found import Logits
 from attnopt.passes.logits_summed import read_with_sums
+from attnopt.passes.scores_blocks import block_biases
 from attnopt.passes.scores_factors import is_by_key
 from attnopt.passes.site import Filled, Operand, Result, Roles, assign_roles, flat, peel
 from attnopt.passes.sizes import product
@@ -119,7 +120,9 @@ def read_logits(reader: LogitsReader, scores: Scores, frame: Frame) -> Logits:
     change = frame.change
     fills = [replace(f, value=-torch.inf) if _weighs_nothing(reader, frame, f) else f for f in scores.fills]
     safe = reader.safe or change.zeroed or frame.sink is not None
-    logits = read_with_sums(replace(reader, safe=safe, sinks=frame.sink is not None), fills, scores.terms)
+    added = block_biases(reader.space, reader.roles, scores)
+    reading = replace(reader, safe=safe, sinks=frame.sink is not None, biases=added)
+    logits = read_with_sums(reading, fills, scores.terms)
     for name, operand in logits.operands.items():
         if (
             not name.startswith(("bias", "query_ids", "key_ids"))

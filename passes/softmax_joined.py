@@ -54,7 +54,7 @@ def _products(space: Space, shadow: Shadow, scores: Scores) -> Iterator[Product]
         except Reject:
             continue
         capped = scores.softcap is not None or found.softcap is not None
-        plain = not (capped or found.fills or found.terms or found.shift)
+        plain = not (capped or found.fills or found.terms or found.blocks or found.shift)
         alike = found.factors[: len(scores.factors)] == scores.factors == term.times
         finite = [
             fill for fill in scores.fills if fill.value != -inf

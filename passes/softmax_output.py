@@ -70,7 +70,10 @@ def read_output(form: Form, shadow: Shadow, weights: Weights) -> Output:
     form.space.parts = known
     if form.undivided is not None:
         raise Reject(
-            "exp is multiplied with values, but what comes out is not divided by its sum", product, 3
+            "exp is multiplied with values, but what comes out is not divided by its sum; keys that come block by "
+            "block need one softmax over all of them",
+            product,
+            3,
         )
     return Output(product, weights.out_dims, sink=form.sink)
 

@@ -21,6 +21,12 @@ from attnopt.spec import AttentionSpec
 
 aten = torch.ops.aten
 
+#: PyTorch's own call asks such a size whether it is 0.
+UNKNOWN_SIZE = (
+    "a size depends on data, or is marked as unbacked, and the kernel has to know it; pad to a known length, "
+    "and hide what was padded"
+)
+
 
 def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -> GraphModule:
     """The call as ATen under the site's own fake values. Raises Reject if its output would not fit the root's."""
@@ -30,7 +36,7 @@ def trace_call(shadow: Shadow, site: Site, spec: AttentionSpec, run: emit.Run) -
         try:
             traced = make_fx(called, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
         except GuardOnDataDependentSymNode as problem:
-            raise Reject("a size depends on data, and the kernel has to know it", site.root) from problem
+            raise Reject(UNKNOWN_SIZE, site.root) from problem
     for result, end in zip(_results(traced), emit.ends(site), strict=True):
         _check_fits(shadow, result.meta["val"], end)
     return traced

@@ -83,6 +83,19 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocked:
+    """A term that is added to a block: outer, inner: labels of all logits, and of the block.
+
+    pads: how many logits of each dimension stand before the block and behind it.
+    """
+
+    term: Term
+    outer: Dims
+    inner: Dims
+    pads: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Fill:
     """A condition under which a score, held in `dtype`, becomes `value`.
 
@@ -103,6 +116,7 @@ class Scores:
     """logits = scale * (q k^T) * factors + terms, after fills.
 
     rsqrt: axes by the square root of whose length the scores are divided. form: the contraction. path: nodes between.
+    blocks: what is added to a part of the logits.
     shift: the sum of the numbers that are added to all logits, of which a softmax without sinks takes no notice.
     """
 
@@ -118,3 +132,4 @@ class Scores:
     form: Contraction | None = None
     q: Dims = ()
     k: Dims = ()
+    blocks: tuple[Blocked, ...] = ()

@@ -25,7 +25,7 @@ from attnopt.passes.layout import (
     step_down,
 )
 from attnopt.passes.sizes import same, shape_of
-from attnopt.passes.softmax_form import narrowed, number, truth_of
+from attnopt.passes.softmax_form import narrowed, number, onto, truth_of
 from attnopt.passes.softmax_nodes import between, depends_on
 from attnopt.passes.terms import Fill, Term
 from attnopt.rule import Reject
@@ -114,7 +114,7 @@ class WeightsReader:
             return self._contract(form, here)
         if len(here.path) > LONGEST:
             raise Reject(f"more than {LONGEST} operations between the softmax and the values", user)
-        step = _STEPS.get(user.target)
+        step = _STEPS.get(onto(user, here.node))
         if step is None:
             return self.read(replace(here, node=user, dims=self._moved(user, here), path=(*here.path, user)))
         change = step(self, user, here)

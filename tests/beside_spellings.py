@@ -1,4 +1,4 @@
-"""Attention of recommenders, time series and speech: scores of several products, rows that are switched off afterwards."""
+"""Attention of recommenders, time series and speech: scores of several products, rows switched off afterwards."""
 
 from collections.abc import Callable
 
@@ -30,11 +30,17 @@ spelling = collect(BESIDE)
 BESIDE_NEAR_MISSES: list[NearMiss] = []
 
 
-def near_miss(inputs: Inputs, reason: str | None = None) -> Add:
-    """Adds the function to BESIDE_NEAR_MISSES."""
+#: Those through which eager cannot differentiate.
+IN_PLACE_NEAR_MISSES: list[NearMiss] = []
+
+
+def near_miss(
+    inputs: Inputs, reason: str | None = None, *, found: list[NearMiss] = BESIDE_NEAR_MISSES
+) -> Add:
+    """Adds the function to a list of near misses."""
 
     def add(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        BESIDE_NEAR_MISSES.append(NearMiss(attend, inputs, reason))
+        found.append(NearMiss(attend, inputs, reason))
         return attend
 
     return add
@@ -114,7 +120,113 @@ def queries_repeated_for_each_head(q: Tensor, k: Tensor, v: Tensor, rows: Tensor
     return torch.bmm(weights(q, k) * each, v)
 
 
+# --- a large number that no type holds exactly, made in two ways ---
+
+
+@spelling(
+    with_last(single, lambda: torch.arange(S) >= torch.tensor([S, 5, 6])[:, None]),
+    scale=0.25,
+    mask="causal & padding",
+    empty_row="absorbed",
+)
+def the_lower_of_two_masks(q: Tensor, k: Tensor, v: Tensor, gone: Tensor) -> Tensor:
+    large, n = torch.finfo(torch.float32).min * 0.7, q.shape[1]  # google-research/timesfm
+    causal = torch.triu(torch.ones(n, n, dtype=q.dtype) * large, diagonal=1)
+    mask = torch.minimum(gone.to(q.dtype)[:, None] * large, causal)
+    return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+
+# --- weights changed in place; without gradients, which eager refuses where exp or softmax is written over ---
+
+
+def ones_above(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+@spelling(single, scale=0.25, mask="causal", differentiable=0)
+def weights_filled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    hidden = ones_above(q.shape[1])
+    found = (q @ k.mT * 0.25).masked_fill(hidden, NEG_INF).softmax(-1)
+    found.masked_fill_(hidden, 0.0)
+    return found @ v
+
+
+@spelling(counted(cross), scale=0.25, differentiable=0)
+def weights_multiplied_in_place(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    found = weights(q, k)
+    found *= rows[:, None, :, None]
+    found /= 2
+    return found @ v
+
+
+@spelling(cross, scale=0.25, differentiable=0)
+def sum_divided_by_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.25
+    found = (scores - scores.amax(-1, keepdim=True)).exp()
+    found /= found.sum(-1, keepdim=True)
+    return found @ v
+
+
+@spelling(cross, scale=0.25, differentiable=0)
+def exp_and_division_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * 0.25
+    found = (scores - scores.amax(-1, keepdim=True)).exp_()
+    out = found @ v
+    out /= found.sum(-1, keepdim=True)
+    return out
+
+
 # --- near misses ---
+
+
+@near_miss(cross, "written to in place", found=IN_PLACE_NEAR_MISSES)
+def weights_read_before_they_are_changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = weights(q, k)
+    out = found @ v
+    found *= 0.5
+    return out + found @ v
+
+
+@near_miss(cross, "written to in place", found=IN_PLACE_NEAR_MISSES)
+def weights_changed_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = weights(q, k)
+    found.view(-1)[:2] = 0.3
+    found *= 0.5
+    return found @ v
+
+
+@near_miss(cross, "not understood", found=IN_PLACE_NEAR_MISSES)
+def weights_multiplied_onto_a_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows = q.sum(-1, keepdim=True).expand(B, H, SQ, SK).contiguous()
+    rows *= weights(q, k)
+    return rows @ v
+
+
+@near_miss(cross, "something other than its sum", found=IN_PLACE_NEAR_MISSES)
+def sum_changed_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = (q @ k.mT * 0.25).exp()
+    total = found.sum(-1, keepdim=True)
+    total *= 1.5
+    found /= total
+    return found @ v
+
+
+@near_miss(cross, "written to in place", found=IN_PLACE_NEAR_MISSES)
+def exp_changed_after_its_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = (q @ k.mT * 0.25).exp()
+    total = found.sum(-1, keepdim=True)
+    found[..., 0] = 0.0
+    found /= total
+    return found @ v
+
+
+@near_miss(cross, found=IN_PLACE_NEAR_MISSES)
+def divided_by_its_sum_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = (q @ k.mT * 0.25).exp()
+    total = found.sum(-1, keepdim=True)
+    found /= total
+    found /= total
+    return found @ v
 
 
 @near_miss(pairs, "written to in place")

@@ -357,9 +357,9 @@ def weights_changed_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @near_miss(mha, "between the softmax and the values")
-def weights_scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def weights_shifted_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = scores_of(q, k).softmax(-1)
-    weights.mul_(2)
+    weights.add_(2)
     return weights @ v
 
 

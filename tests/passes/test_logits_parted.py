@@ -55,6 +55,7 @@ def test_the_mask_is_proven(name: str, differentiable: int, dynamic: bool) -> No
 
 
 NEAR_MISSES: dict[str, Fill] = {
+    "whole numbers": lambda x: (8 * x).long().masked_fill(future(x), -9),
     "a fill that weighs": lambda x: x.masked_fill(future(x), -1e4),
     "a query that sees nothing": lambda x: x.masked_fill(~future(x), torch.finfo(x.dtype).min),
     "changed afterwards": lambda x: x.masked_fill(future(x), torch.finfo(x.dtype).min) * 0.5,

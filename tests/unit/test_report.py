@@ -123,7 +123,11 @@ class TestText:
         )
 
     def test_what_is_not_attention_is_listed_in_one_line(self) -> None:
-        assert "looked like attention and is not:\n  12x moe.py:88: no values\n" in str(FULL)
+        whole = replace(FULL, graph_breaks=())
+        assert "looked like attention and is not:\n  12x moe.py:88: no values\n" in str(whole)
+
+    def test_what_a_break_may_have_cut_in_two_is_not_called_something_else(self) -> None:
+        assert "looked like attention and is not, as far as its graph goes:\n  12x moe.py:88" in str(FULL)
 
     def test_an_approximation_never_looks_exact(self) -> None:
         line = next(line for line in str(FULL).splitlines() if line.endswith("streaming"))
