@@ -138,7 +138,7 @@ def weak_number_and_infinity(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> T
     )
 
 
-@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs")
+@near_miss(with_last(mha, lambda: torch.rand(B, S, S) > 0.3), "still weighs|raised to at least")
 def weak_number_raised(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return scores_of(q, k).masked_fill(~keep[:, None], -3.0).clamp(min=-1.0).softmax(-1) @ v
 
