@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnopt.passes.linear_dropped import is_dropped
 from attnopt.passes.mask_writes import is_settled, operation, writes_after
 from attnopt.passes.replay import evaluate
 from attnopt.passes.site import Filled, Operand
@@ -89,6 +90,8 @@ def check_decay(decay: Operand | Filled) -> None:
         grows = is_known and _whatever_the_data(decay, lambda x: _log_decay(decay, x) > 0)
     if endless:
         raise Reject("the decay, or its logarithm, is infinite or NaN whatever the data are", node, 2)
+    if isinstance(decay, Operand) and is_dropped(decay.node):
+        raise Reject("dropout makes some decays 0, whose logarithm is NaN at a distance of 0", node, 2)
     if isinstance(decay, Operand) and _vanishes(decay):
         raise Reject(
             "the decay is 0 for small positive data, its logarithm -inf, and NaN at a distance of 0; "

@@ -22,7 +22,7 @@ from attnopt.passes.hidden import (
     whole,
 )
 from attnopt.passes.layout import Axes, Dims, Space
-from attnopt.passes.logits_bias import bias_of, check_fits, hiding_number, merged
+from attnopt.passes.logits_bias import bias_of, check_fits, hiding_number, merged, only_lowers
 from attnopt.passes.logits_found import Logits
 from attnopt.passes.logits_parted import told_apart
 from attnopt.passes.logits_weighing import hidden_number, weighs_beside_others
@@ -208,6 +208,8 @@ class LogitsReader:
         if roles is None or not term.node.meta["val"].dtype.is_floating_point:
             return False
         held = numbers_in(term.node, roles, sizes, at=term.at)
+        if not held and -torch.inf < hiding_number(term) <= ABSORBING:
+            return term.factor < 0 or not only_lowers(term.node)
         return max((number * term.factor for number in held), default=0.0) >= -ABSORBING
 
     def _fill_inside(self, term: Term) -> float:

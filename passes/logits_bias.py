@@ -5,9 +5,11 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from attnopt.passes.layout import Axes, Dims, Space
-from attnopt.passes.scores_factors import numbers_written
+from attnopt.passes.mask_writes import arguments, operation, writes_after
+from attnopt.passes.scores_factors import numbers_at, numbers_written
 from attnopt.passes.site import Operand, Roles
 from attnopt.passes.terms import NEGLIGIBLE, Fill, Term, floors, held_as, narrowest
 from attnopt.rule import Reject
@@ -41,7 +43,8 @@ def bias_of(space: Space, roles: Roles, term: Term) -> Operand:
         )
     # What lies beyond so wide a range with a score lies beyond it without.
     stored = narrow if narrow != held else None
-    return Operand(term.node, dims, term.factor, times, dtype=_widest(term) if times else stored)
+    grows = bool(times) or abs(term.factor) > 1
+    return Operand(term.node, dims, term.factor, times, dtype=stored or (_widest(term) if grows else None))
 
 
 def factor_of(space: Space, roles: Roles, term: Term) -> Operand:
@@ -73,6 +76,34 @@ def check_fits(fills: Iterable[Fill], terms: Iterable[Term]) -> None:
                 f"query without keys becomes NaN; hide them with a number that {held} holds, or cast to no other type",
                 each.node,
             )
+
+
+#: Operations that hand numbers on with their sign.
+_KEEP_SIGNS = frozenset(
+    {
+        "where", "masked_fill", "full", "full_like", "new_full", "to", "_to_copy", "unsqueeze", "squeeze", "expand",
+        "view", "reshape", "slice", "select", "permute", "transpose", "mT", "clone", "contiguous", "roll", "flip",
+        "repeat", "tile", "index", "index_select", "gather", "cat", "stack", "triu", "tril", "scalar_tensor", "add",
+        "lift_fresh_copy", "minimum", "expand_as", "movedim", "unflatten", "flatten", "repeat_interleave",
+    }
+)  # fmt: skip
+
+
+def only_lowers(node: Node) -> bool:
+    """Whether all numbers behind an added tensor are below 0 or small, and nothing on their way turns one around."""
+    pending, seen = [node], {node}
+    while pending:
+        here = pending.pop()
+        made = here.meta.get("val")
+        if not isinstance(made, Tensor) or not made.is_floating_point() or here.op != "call_function":
+            continue
+        turns = operation(here) not in _KEEP_SIGNS or arguments(here).get("alpha", 1) != 1
+        if turns or any(number >= -NEGLIGIBLE for number in numbers_at(here)):
+            return False
+        above = {n for n in (*here.all_input_nodes, *writes_after(here, None)) if n not in seen}
+        seen.update(above)
+        pending.extend(above)
+    return True
 
 
 def merged(dims: Dims) -> Axes:

@@ -9,7 +9,7 @@ from attnopt.passes.constants import uniform
 from attnopt.passes.contraction import Contraction, contraction, label_up, scaled_by_sizes, summed_product
 from attnopt.passes.layout import Dims, Space, step_up
 from attnopt.passes.mask_writes import writes_after
-from attnopt.passes.scores_blocks import Base, written
+from attnopt.passes.scores_blocks import Base, refused_write, written
 from attnopt.passes.scores_moves import Move, settled
 from attnopt.passes.scores_parts import part_moves
 from attnopt.passes.scores_steps import added_term, moves
@@ -29,7 +29,7 @@ class ScoreReader:
 
     Other users of a value on the way do not matter here: whether they keep it from being replaced is for the site.
     weights, values: the dimensions of the softmax, and of what it weighs, where they are known. base: where else
-    reading ends.
+    reading ends. reader: the first that takes the exponentials of the scores.
     """
 
     space: Space
@@ -38,15 +38,22 @@ class ScoreReader:
     weights: Dims = ()
     values: Dims = ()
     base: Base | None = None
+    reader: Node | None = None
 
     def read(self, node: Node, dims: Dims, below: Scores) -> Scores:
         """The scores of which `node` is a part: `below` is what the nodes under it have said."""
         here = replace(below, path=(*below.path, node))
         self._need_readable(node, below)
-        reader = below.path[-1] if below.path else None
+        reader = below.path[-1] if below.path else self.reader
         if self.base is not None and self.base.ends_at(node, reader):
             return here
-        if writes := writes_after(node, reader):
+        writes = writes_after(node, reader)
+        late = (
+            [] if below.path else [w for w in writes_after(node, None) if reader is None or w not in writes]
+        )
+        if late:
+            raise refused_write(node, late[0], below)
+        if writes:
             here = self._written(node, dims, below, writes)
         form = contraction(node) or summed_product(node)
         if form is not None and self.base is not None:

@@ -50,13 +50,13 @@ def written(
     """What is known of the scores below `node`, and what the `writes` to it have added; Reject if they did more."""
     here = settled(below)
     if here.factors or here.rsqrt or here.softcap is not None:
-        raise _refused(node, writes[-1], below)
+        raise refused_write(node, writes[-1], below)
     left = list(writes)
     while left:
         last = left[-1]
         places = covered(last, node)
         if places is None:
-            raise _refused(node, last, below)
+            raise refused_write(node, last, below)
         inner = _block(node, dims, places, below)
         value, seed = _value(last, below)
         left, earlier = _without(left, value, last), left
@@ -64,14 +64,15 @@ def written(
         found = read(base)(value, inner, seed)
         used = {*found.path, last}
         if any(write not in used for write in earlier if write not in left) or not _is_sum(found):
-            raise _refused(node, last, below)
+            raise refused_write(node, last, below)
         made = tuple(_blocked(node, term, dims, inner, places, here) for term in found.terms)
         chain = (*_chain(last, node), *(n for part in found.path for n in _chain_up(part, node)))
         here = replace(here, blocks=(*here.blocks, *made), path=(*here.path, last, *found.path, *chain))
     return replace(here, path=(*here.path, node))
 
 
-def _refused(node: Node, write: Node, below: Scores) -> Reject:
+def refused_write(node: Node, write: Node, below: Scores) -> Reject:
+    """The refusal of a write that is no sum in a block."""
     return Reject(
         f"an inner value of the attention ({node.name}) is written to in place, perhaps through a view",
         write,

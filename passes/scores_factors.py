@@ -70,11 +70,16 @@ def numbers_written(node: Node) -> Iterator[float]:
         here = pending.pop()
         if operation(here) not in _ELEMENTWISE:
             continue
-        call = arguments(here)
-        yield from (n for name in _VALUES if (n := _number_in(call.get(name))) is not None)
+        yield from numbers_at(here)
         above = [n for n in here.all_input_nodes if n not in seen]
         seen.update(above)
         pending.extend(above)
+
+
+def numbers_at(node: Node) -> list[float]:
+    """The numbers that an operation computes with."""
+    call = arguments(node)
+    return [n for name in _VALUES if (n := _number_in(call.get(name))) is not None]
 
 
 def _number_in(argument: Any) -> float | None:

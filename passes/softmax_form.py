@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from attnopt.passes.constants import present
 from attnopt.passes.layout import CASTS, Axes, Dims, Space, broadcast_up, input_node, is_copy, step_up
-from attnopt.passes.mask_writes import arguments, writes_after, written_by
+from attnopt.passes.mask_writes import arguments, operation, writes_after, written_by
 from attnopt.passes.scores_moves import functional
 from attnopt.passes.sizes import Size, same, shape_of
 from attnopt.passes.terms import Cast, Fill, Term
@@ -151,6 +152,24 @@ def truth_of(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
         else:
             break
     return None
+
+
+#: Views, copies and casts: they hand on the numbers of the one tensor that they are given.
+_HANDS_ON = frozenset(
+    {
+        "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "tile", "slice", "select",
+        "permute", "transpose", "mT", "unflatten", "flatten", "clone", "contiguous", "to", "_to_copy", "detach", "alias",
+    }
+)  # fmt: skip
+
+
+def is_given(node: Node) -> bool:
+    """Whether a tensor is a condition, or data that came in as it is, which may be 0."""
+    while isinstance(made := node.meta.get("val"), Tensor) and made.dtype != torch.bool:
+        if operation(node) not in _HANDS_ON:
+            return node.op in ("placeholder", "get_attr")
+        node = input_node(node)
+    return isinstance(made, Tensor)
 
 
 def reduction_of(space: Space, row: Row, dims: Dims, key: Axes) -> Reduction | None:

@@ -17,9 +17,9 @@ class Cast:
     scale: float
 
     def hold(self, value: float) -> float:
-        """A logit, given as it would be without the cast: -inf if `dtype` does not reach so low."""
+        """A logit, given as it would be without the cast: infinite if `dtype` does not reach so far."""
         held = torch.tensor(value / self.scale, dtype=torch.float64).to(self.dtype)
-        return -torch.inf if held == -torch.inf else value
+        return value if held.isfinite() else float(held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from attnopt.passes.layout import (
     step_down,
 )
 from attnopt.passes.sizes import same, shape_of
-from attnopt.passes.softmax_form import narrowed, number, onto, truth_of
+from attnopt.passes.softmax_form import is_given, narrowed, number, onto, truth_of
 from attnopt.passes.softmax_nodes import between, depends_on
 from attnopt.passes.terms import Fill, Term
 from attnopt.rule import Reject
@@ -167,14 +167,12 @@ class WeightsReader:
                 raise Reject("the weights are divided by zero", user)
             return replace(here.change, factor=here.change.factor * (1 / by if inverse else by))
         row = self.beside(user, other, here)
+        if inverse and is_given(row[0] if row is not None else other):
+            raise Reject("the weights are divided by data, NaN where that is 0; divide the output", user)
         if row is not None:
             return replace(here.change, times=(*here.change.times, Term(*row, inverse=inverse)))
         dims = broadcast_up(here.dims, shape_of(other))
         truth = truth_of(self.space, other, dims)
-        if truth is not None and inverse:
-            raise Reject(
-                "the weights are divided by a mask, which makes those that it hides NaN; multiply", user
-            )
         if truth is None:
             by_key = Term(other, dims, inverse=inverse, at=user)
             return replace(here.change, values=(*here.change.values, by_key))

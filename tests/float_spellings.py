@@ -130,8 +130,8 @@ SETTLED: dict[str, tuple[Attend, Sequence[Change]]] = {
         [
             (-1e9, 1.0, "softmax scale=1 causal"),
             (-1e30, 1.0, "softmax scale=1 causal"),
-            (-1e3, 1.0, None),
-            (3.0, 1.0, None),
+            (-1e3, 1.0, "softmax scale=1 causal hidden=-1000"),
+            (3.0, 1.0, "softmax scale=1 causal hidden=3"),
         ],
     ),
     "fill inside a scale": (
@@ -139,8 +139,8 @@ SETTLED: dict[str, tuple[Attend, Sequence[Change]]] = {
         [
             (2.0, 1.0, "softmax scale=0.5 causal"),
             (4.0, 1.0, "softmax scale=0.25 causal"),
-            (1e29, 1.0, None),
-            (-2.0, 1.0, None),
+            (1e29, 1.0, "softmax scale=1e-29 causal hidden=-10"),
+            (-2.0, 1.0, "softmax scale=-0.5 causal hidden=5e+29"),
         ],
     ),
     "infinity inside a scale": (
@@ -177,7 +177,7 @@ SETTLED: dict[str, tuple[Attend, Sequence[Change]]] = {
         [
             (0.5, 1.0, "softmax scale=0.5 causal"),
             (0.25, 1.0, "softmax scale=0.25 causal"),
-            (1e-25, 1.0, None),
+            (1e-25, 1.0, "softmax scale=1e-25 causal hidden=-100000"),
         ],
     ),
 }

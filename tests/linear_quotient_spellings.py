@@ -91,7 +91,7 @@ def divided_by_something_else_entirely(q, k, v):
     return torch.einsum("nlhd,nlhdm->nlhm", q, states) / other[..., None]
 
 
-@near_miss("")
+@near_miss("a weight of its own")
 def state_divided_before_the_queries(q, k, v):
     states = torch.einsum("nlhd,nlhm->nlhdm", k, v).cumsum(1)
     return torch.einsum("nlhd,nlhdm->nlhm", q, states / (1 + q.square().sum(-1).cumsum(1))[..., None, None])

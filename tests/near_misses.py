@@ -369,7 +369,7 @@ def weights_renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / (1e-6 + weights.sum(-2, keepdim=True))) @ v  # slot attention
 
 
-@near_miss(padded(mha), "divided by a mask")
+@near_miss(padded(mha), "divided by data")
 def weights_over_a_mask(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     keep = keep[:, None, None]
     return (scores_of(q, k).masked_fill(~keep, -torch.inf).softmax(-1) / keep) @ v  # 0 / 0 in every row

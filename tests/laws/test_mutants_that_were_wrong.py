@@ -46,6 +46,7 @@ def was_wrong(*more: Any, training: bool = True, kernels: tuple[str, ...] = ()) 
 
 KEEP = torch.ones(B, S, dtype=torch.bool)
 KEEP[0, :2] = False
+LOWEST = torch.finfo(torch.float32).min
 
 
 @was_wrong(torch.rand(H, dtype=torch.float64), training=False)
@@ -217,6 +218,52 @@ def exp_of_infinity_where_keys_were_hidden(q: Tensor, k: Tensor, v: Tensor) -> T
 def running_sum_of_the_lowest_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     lowest = torch.full((S, S), torch.finfo(torch.float64).min, dtype=torch.float64)
     return (((q @ k.mT).bfloat16().double() + lowest.cumsum(-1).triu(1)) / 2).softmax(-1) @ v
+
+
+@was_wrong(torch.rand(B, S, dtype=torch.float64).round())
+def weights_over_data_repeated_along_the_keys(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) / rows[:, None, :, None].repeat(1, H, 1, S)) @ v
+
+
+@was_wrong(KEEP)
+def weights_over_a_mask_of_keys(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    keep = keep[:, None, None].clone()
+    return ((q @ k.mT).masked_fill(~keep, -torch.inf).softmax(-1) / keep) @ v
+
+
+@was_wrong(KEEP)
+def largest_double_filled_in_before_a_cast(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~keep[:, None, None], torch.finfo(torch.float64).max)
+    return scores.float().softmax(-1).double() @ v
+
+
+@was_wrong(KEEP)
+def lowest_floats_doubled_in_doubles(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    later = torch.ones(S, S, dtype=torch.bool).triu(1)
+    scores = q @ k.mT + torch.where(later, LOWEST, 0.0) + torch.where(keep[:, None, None], 0.0, LOWEST)
+    return scores.mul_(2.0).softmax(-1) @ v
+
+
+@was_wrong(KEEP)
+def lowest_floats_turned_around_through_a_view(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    later = torch.where(torch.ones(S, S, dtype=torch.bool).triu(1), LOWEST, 0.0)
+    later.unsqueeze(0).neg_()
+    return (q @ k.mT + later + torch.where(keep[:, None, None], 0.0, LOWEST)).softmax(-1) @ v
+
+
+@was_wrong(torch.rand(H, dtype=torch.float64), training=False, kernels=("lightning",))
+def decays_dropped_out(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
+    places = torch.arange(S)
+    rate = torch.nn.functional.dropout(gamma, 1.0).log()[:, None, None]
+    return (q @ k.mT * (rate * (places[:, None] - places).abs()).exp()).tril() @ v
+
+
+@was_wrong()
+def block_written_to_after_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    out = scores.softmax(-1) @ v
+    scores[:, :, 1:, 1:] += 1.0
+    return out
 
 
 def token_loop(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
