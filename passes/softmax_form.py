@@ -158,7 +158,8 @@ def truth_of(space: Space, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
 _HANDS_ON = frozenset(
     {
         "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "tile", "slice", "select",
-        "permute", "transpose", "mT", "unflatten", "flatten", "clone", "contiguous", "to", "_to_copy", "detach", "alias",
+        "permute", "transpose", "mT", "unflatten", "flatten", "clone", "contiguous", "to", "_to_copy", "detach",
+        "alias",
     }
 )  # fmt: skip
 

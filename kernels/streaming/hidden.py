@@ -8,7 +8,7 @@ logit c plus the logarithm of their number n. It joins the visible keys as a blo
 import torch
 from torch import Tensor
 
-from attnopt.kernels.streaming.op import attend, four_dimensional
+from attnopt.kernels.streaming.op import four_dimensional
 from attnopt.mask import Causal, Mask
 
 
@@ -33,14 +33,14 @@ def hidden_keys(mask: Mask, visible: Tensor | None, q: Tensor, v: Tensor) -> tup
         return _after(mask, q, v)
     if visible is None:
         raise TypeError(f"mask {mask}: wanted it as a tensor; only causal(offset) needs none")
-    flat = torch.zeros((), dtype=q.dtype, device=q.device)
-    queries, keys = flat.expand(*q.shape[:3], 1), flat.expand(*v.shape[:3], 1)
-    mean, log_count, _ = attend(
-        *(queries, keys, v, None, ~four_dimensional(visible), None, None),
-        *(1.0, None, None, 0, 0, None, "zero"),
-        *(None, 0, False),
-    )
-    return mean, log_count
+    hidden, share = ~four_dimensional(visible), q.shape[1] // v.shape[1]
+    wide, count = torch.promote_types(v.dtype, torch.float32), hidden.sum(-1)
+    weights = hidden.to(wide) / count.clamp(min=1)[..., None]
+    if hidden.shape[1] == 1:  # all heads of a group have the same mean
+        mean = (weights @ v.to(wide)).repeat_interleave(share, dim=1)
+    else:
+        mean = weights @ v.to(wide).repeat_interleave(share, dim=1)
+    return mean, count.to(wide).log()
 
 
 def _after(mask: Causal, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

