@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx import traceback as fx_traceback
@@ -114,9 +115,14 @@ def _traced_as(value: Any) -> Node | None:
 
 
 def fake_mode(inputs: Sequence[Any]) -> AbstractContextManager[Any]:
-    """The mode that made the inputs; tensors created inside the graph must belong to it too."""
+    """The mode that made the inputs; tensors created inside the graph must belong to it too.
+
+    Of symbolic numbers alone, behind a graph break, it is the one that Dynamo traces with.
+    """
     modes = [x.fake_mode for x in inputs if isinstance(x, FakeTensor)]
-    return modes[0] if modes else nullcontext()
+    symbolic = any(isinstance(x, torch.SymInt | torch.SymFloat | torch.SymBool) for x in inputs)
+    made = modes[0] if modes else detect_fake_mode() if symbolic else None
+    return nullcontext() if made is None else made
 
 
 class _Recorder(Runner):

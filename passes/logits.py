@@ -136,11 +136,8 @@ class LogitsReader:
         """Hidden keys that keep one finite logit, whatever was added to their scores before."""
         if given or self.given != FULL:
             raise weighs_beside_others(fills)
-        number, kept = (
-            hidden_number(fills, terms, self._is_shift),
-            [t for t in terms if not self._is_shift(t)],
-        )
-        biases = [bias_of(self.space, self.roles, term) for term in kept]
+        number = hidden_number(fills, terms, self._is_shift)
+        biases = [bias_of(self.space, self.roles, term) for term in terms if not self._is_shift(term)]
         hidden = [self._fill(fill) for fill in fills]
         return replace(self._combine(hidden, biases, EmptyRow.NEVER), hidden_logit=number)
 

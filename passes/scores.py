@@ -47,13 +47,7 @@ class ScoreReader:
         reader = below.path[-1] if below.path else self.reader
         if self.base is not None and self.base.ends_at(node, reader):
             return here
-        writes = writes_after(node, reader)
-        late = (
-            [] if below.path else [w for w in writes_after(node, None) if reader is None or w not in writes]
-        )
-        if late:
-            raise refused_write(node, late[0], below)
-        if writes:
+        if writes := self._writes(node, below, reader):
             here = self._written(node, dims, below, writes)
         form = contraction(node) or summed_product(node)
         if form is not None and self.base is not None:
@@ -72,6 +66,14 @@ class ScoreReader:
             raise Reject(f"more than {LONGEST} operations between Q K^T and the softmax", node, depth)
         if self.ways[node] > MOST_WAYS:
             raise Reject(f"{node.name} enters the scores in more than {MOST_WAYS} ways", node, depth)
+
+    def _writes(self, node: Node, below: Scores, reader: Node | None) -> list[Node]:
+        """Writes to a value before it is read. Raises Reject for one after the softmax has read the scores."""
+        early = [] if reader is None else writes_after(node, reader)
+        late = [] if below.path else writes_after(node, None)[len(early) :]
+        if late:
+            raise refused_write(node, late[0], below)
+        return early
 
     def _written(self, node: Node, dims: Dims, below: Scores, writes: list[Node]) -> Scores:
         """With what was written to blocks of `node`."""

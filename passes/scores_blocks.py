@@ -59,7 +59,8 @@ def written(
             raise refused_write(node, last, below)
         inner = _block(node, dims, places, below)
         value, seed = _value(last, below)
-        left, earlier = _without(left, value, last), left
+        # The statement `a[i] += b` writes to the block, and stores it back to itself.
+        left, earlier = [write for write in left if write not in (last, value)], left
         base = Base(node, places, tuple(left))
         found = read(base)(value, inner, seed)
         used = {*found.path, last}
@@ -78,12 +79,6 @@ def refused_write(node: Node, write: Node, below: Scores) -> Reject:
         write,
         len(below.path) + 1,
     )
-
-
-def _without(writes: list[Node], value: Node, last: Node) -> list[Node]:
-    """The writes before the last; before that of the same statement, where `a[i] += b` is stored back to `a[i]`."""
-    rest = [write for write in writes if write is not last]
-    return [write for write in rest if write is not value]
 
 
 def _value(write: Node, below: Scores) -> tuple[Node, Scores]:

@@ -5,6 +5,8 @@ logit c plus the logarithm of their number n. It joins the visible keys as a blo
 (Milakov and Gimelshein, arXiv 1805.02867): by w = n e^c / (n e^c + e^lse).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,16 +25,14 @@ def join(o: Tensor, lse: Tensor, others: tuple[Tensor, Tensor], logit: float) ->
     return torch.lerp(o.to(weight.dtype), mean.to(weight.dtype), weight).to(o.dtype)
 
 
-def hidden_keys(mask: Mask, visible: Tensor | None, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_keys(mask: Mask, operands: Mapping[str, Tensor], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of the values that `mask` hides from each query (B, H, Sq, Dv), log of their number (B or 1, H or 1, Sq).
 
-    Zero and -inf where it hides none. visible: the mask as bool, broadcastable to (B, H, Sq, Sk); None for a plain
-    `Causal`, whose hidden keys are the last ones.
+    Zero and -inf where it hides none. operands: the tensors that the mask names.
     """
-    if visible is None and isinstance(mask, Causal):
+    if isinstance(mask, Causal):
         return _after(mask, q, v)
-    if visible is None:
-        raise TypeError(f"mask {mask}: wanted it as a tensor; only causal(offset) needs none")
+    visible = mask.dense(q.shape[2], v.shape[2], operands, q.device)
     hidden, share = ~four_dimensional(visible), q.shape[1] // v.shape[1]
     wide, count = torch.promote_types(v.dtype, torch.float32), hidden.sum(-1)
     weights = hidden.to(wide) / count.clamp(min=1)[..., None]

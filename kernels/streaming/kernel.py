@@ -15,7 +15,7 @@ from attnopt.kernels.streaming.hidden import hidden_keys, join
 from attnopt.kernels.streaming.op import attend, four_dimensional
 from attnopt.kernels.streaming.places import Placed, attend_in_places
 from attnopt.kernels.streaming.reach import reach
-from attnopt.mask import Band, Causal, Mask, band
+from attnopt.mask import Band, Causal, band
 from attnopt.rule import Cost, SiteMeta
 from attnopt.spec import MEANS, AttentionSpec, EmptyRow, Stream
 
@@ -92,13 +92,7 @@ class StreamingKernel:
         )
         if spec.hidden_logit is None:
             return o
-        return join(o, lse, hidden_keys(spec.mask, _seen(spec.mask, operands), q, v), spec.hidden_logit)
-
-
-def _seen(mask: Mask, operands: Mapping[str, Tensor]) -> Tensor | None:
-    """The mask as a tensor, where its form says too little of the keys that it hides."""
-    q, k = operands["q"], operands["k"]
-    return None if isinstance(mask, Causal) else mask.dense(q.shape[2], k.shape[2], operands, q.device)
+        return join(o, lse, hidden_keys(spec.mask, operands, q, v), spec.hidden_logit)
 
 
 def _placed(spec: AttentionSpec, stream: Stream, form: Band, operands: Mapping[str, Tensor]) -> Placed:

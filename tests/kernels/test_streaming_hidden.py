@@ -104,25 +104,26 @@ def test_it_is_as_close_to_fp64_as_eager_is(mask: Mask, dtype: torch.dtype) -> N
     assert_same(KERNEL.run(spec, given), REFERENCE.run(spec, exact), REFERENCE.run(spec, given))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("logit", [-10000.0, -2.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_on_a_gpu_outputs_and_gradients_are_as_close_as_eager(
-    mask: Mask, dtype: torch.dtype, logit: float
+def test_outputs_and_gradients_are_as_close_as_eager(
+    mask: Mask, dtype: torch.dtype, logit: float, device: str
 ) -> None:
     spec = filled(mask, logit)
-    held = {n: x.cuda() for n, x in operands(spec, 200, 200, dtype).items()}
+    held = {n: x.to(device) for n, x in operands(spec, 200, 200, dtype).items()}
     exact = {n: x.double() if x.is_floating_point() else x for n, x in held.items()}
-    pull = torch.randn(B, H, 200, DV, device="cuda", dtype=dtype)
+    pull = torch.randn(B, H, 200, DV, device=device, dtype=dtype)
     got, eager, want = (
         _differentiated(kernel, spec, given, pull)
         for kernel, given in ((KERNEL, held), (REFERENCE, held), (REFERENCE, exact))
     )
-    # In fp32 a row's logsumexp is held with the rounding of fp32, by which its weights are off.
-    assert_same(got[0], want[0], eager[0], factor=4.0 if dtype == torch.float32 else 2.0)
-    for a, b, c in zip(got[1:], want[1:], eager[1:], strict=True):
-        # By the whole tensor: rows that see one or two keys have gradients of the scores that almost cancel.
+    assert_same(got[0], want[0], eager[0])
+    assert_same(got[3], want[3], eager[3], factor=3.0, what="gradient of v")
+    # Those of q and k by the whole tensor: the backward starts from outputs rounded to their dtype, by which rows are
+    # off whose gradients of the scores almost cancel (plain streaming attention has such rows, too).
+    for a, b, c in zip(got[1:3], want[1:3], eager[1:3], strict=True):
         allowed = 3.0 * (c.double() - b).norm() + torch.finfo(dtype).eps * b.norm()
         assert (a.double() - b).norm() <= allowed
 

@@ -40,8 +40,8 @@ def turned(x: Tensor) -> Tensor:
     return x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
 
 
-def spelled(number: float) -> list[tuple[Attend, str]]:
-    """Attention, and what is to be seen of it: its spec, or part of the reason why it stays."""
+def added(number: float) -> list[tuple[Attend, str]]:
+    """Attention with two masks that are added, and what is to be seen of it: its spec, or the reason why it stays."""
 
     def added_twice(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         scores = scores_of(q, k) + torch.where(later(), number, 0.0)
@@ -58,6 +58,17 @@ def spelled(number: float) -> list[tuple[Attend, str]]:
     def added_in_an_order(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         scores = scores_of(q, k) + torch.where(later(), number, 0.0)
         return (scores + padding(keep, number)[keep.sum(1).argsort()]).softmax(-1) @ v
+
+    return [
+        (added_twice, "full bias x2"),
+        (added_before_and_after_heads_are_turned, "full bias x2"),
+        (added_to_another_sequence, "full bias x2"),
+        (added_in_an_order, "full bias x2"),
+    ]
+
+
+def filled(number: float) -> list[tuple[Attend, str]]:
+    """The same with one of the masks filled in."""
 
     def filled_then_added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         return (scores_of(q, k).masked_fill(later(), number) + padding(keep, number)).softmax(-1) @ v
@@ -77,10 +88,6 @@ def spelled(number: float) -> list[tuple[Attend, str]]:
         return (scores + padding(keep, number)).softmax(-1) @ v
 
     return [
-        (added_twice, "full bias x2"),
-        (added_before_and_after_heads_are_turned, "full bias x2"),
-        (added_to_another_sequence, "full bias x2"),
-        (added_in_an_order, "full bias x2"),
         (filled_then_added, "mix several fill values"),
         (added_then_filled, "mix several fill values"),
         (filled_then_added_to_turned_heads, "mix several fill values"),
@@ -92,7 +99,7 @@ def spelled(number: float) -> list[tuple[Attend, str]]:
 CASES = [
     pytest.param(attend, seen, id=f"{attend.__name__} {number:.0e}")
     for number in (LOWEST, -1e9)
-    for attend, seen in spelled(number)
+    for attend, seen in (*added(number), *filled(number))
 ]
 
 

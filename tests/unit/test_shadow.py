@@ -4,6 +4,7 @@ import pytest
 import torch
 from graphs import aten_graph, dynamo_graphs, nodes_of, shadow_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node, symbolic_trace
 from torch.utils.checkpoint import checkpoint
 
@@ -105,3 +106,31 @@ def test_a_node_that_writes_says_where() -> None:
 def test_a_graph_without_fake_values_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match="graph inputs q, k, v have no example values"):
         trace(symbolic_trace(attend))
+
+
+def test_a_graph_of_symbolic_sizes_alone_is_traced_without_real_tensors() -> None:
+    """As behind a graph break, where a mask is made of a length (HF FSMT)."""
+    seen = []
+
+    def mask_and_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[-2]
+        torch._dynamo.graph_break()
+        later = torch.zeros(n, n).fill_(-torch.inf).triu(1)
+        torch._dynamo.graph_break()
+        return ((q @ k.mT) + later).softmax(-1) @ v
+
+    def backend(module: torch.fx.GraphModule, inputs: list[object]) -> object:
+        seen.append(
+            [
+                node.meta["val"]
+                for node in trace(module).module.graph.nodes
+                if node.meta.get("val") is not None
+            ]
+        )
+        return module.forward
+
+    out = torch.compile(mask_and_attention, backend=backend, dynamic=True)(Q, K, V)
+    torch.testing.assert_close(out, mask_and_attention(Q, K, V))
+    made = [value for graph in seen for value in graph if isinstance(value, Tensor)]
+    assert made
+    assert all(isinstance(value, FakeTensor) for value in made)
